@@ -206,7 +206,7 @@ def test_a_process_without_a_gpu_beside_others_that_have_one_is_refused(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(MachineError, match="process 2 of this machine has no GPU: there are 2"):
-        choose_device(local_rank=2)
+        choose_device(environ={"LOCAL_RANK": "2"})
 
 
 def test_peak_memory_never_falls():

@@ -406,10 +406,12 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
 
     def meet(*_, timeout):
         meetings.append(timeout.total_seconds())
-        yield torch.distributed.HashStore(), 0, 2
+        store = torch.distributed.HashStore()
+        store.set("llmtune/0/1/messages/here/1", "")  # the other process came, and is not seen again
+        yield store, 0, 2
 
-    monkeypatch.setattr("llmtune.engine.devices.rendezvous", meet)
-    monkeypatch.setattr("llmtune.engine.rank_watch.CONNECT_S", 0.05)  # the other process does not come
+    monkeypatch.setattr("llmtune.engine.rendezvous.rendezvous", meet)
+    monkeypatch.setattr("llmtune.engine.rank_watch.CONNECT_S", 0.05)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     for overrides in ((), (flipped("distributed.timeout_s"),)):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from llmtune.cli.process import check_surroundings
-from llmtune.common.environment import available_cores, limit_spinning
+from llmtune.common.environment import available_cores, launched_process, limit_spinning
 from llmtune.common.text import print_line
 from llmtune.errors import MachineError, RankLostError, UsageError
 from llmtune.runs.signals import deferred_signals
@@ -25,13 +25,15 @@ RESTARTED = (RankLostError.exit_code, MachineError.exit_code)
 def launches(devices: int) -> bool:
     """Whether this process has to start those that train on the devices that were asked for, and is none of them yet.
 
-    Raises UsageError where another launcher has started another number of them.
+    Raises UsageError where another launcher has started another number of them, MachineError where it does not say so.
     """
-    started = os.environ.get("WORLD_SIZE")
-    if started not in (None, str(devices)):
+    started = launched_process().world_size
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    if started != devices:
         problem = f"{devices} devices were asked for, and {started} processes are started already"
         raise UsageError(problem, "--devices", "leave it out under another launcher, which decides how many train")
-    return started is None
+    return False
 
 
 def launch(devices: int, words: Sequence[str], *, max_restarts: int = 0) -> int:

@@ -17,12 +17,12 @@ from llmtune.cli.process import prepare_process
 from llmtune.cli.runs import print_table
 from llmtune.cli.sweep_devices import train_on_devices
 from llmtune.cli.train import open_training_output
-from llmtune.common.environment import is_offline
+from llmtune.common.environment import is_offline, launched_process
 from llmtune.common.records import is_better
 from llmtune.common.text import excerpt, print_line, printable
 from llmtune.config.process_options import Options
 from llmtune.config.sweep import Sweep, SweepRun, load_sweep
-from llmtune.errors import ConfigError, DivergedError, LlmtuneError, Problem, StoppedBySignal, UsageError
+from llmtune.errors import ConfigError, DivergedError, LlmtuneError, Problem, RankLostError, StoppedBySignal, UsageError
 from llmtune.runs.run_file import read_run_file
 from llmtune.watch.run_data import RunData
 
@@ -64,12 +64,13 @@ def sweep(
     """Train the runs that FILE describes, one after another; the same command goes on where it was stopped."""
     if status and devices is not None:
         raise UsageError("--status trains nothing", "--devices", "leave out one of them")
+    prints = status or launched_process().rank == 0  # of the processes that a launcher may have started
     plan = load_sweep(file)
     if only is not None:
         plan = _run_named(plan, only)
     configs = (run.resolved.config for run in plan.runs)
     config = next((config for config in configs if not (config.data.eval or config.data.test_size)), None)
-    if config is not None:
+    if config is not None and prints:
         metric = config.evaluation.best_by
         print_line(
             f"note    no rows are held out, so nothing gives `{metric}` to compare by: set `data.test_size: 0.1`"
@@ -84,12 +85,14 @@ def sweep(
         prepare_process(trains=True)
         _refuse_changed_runs(plan)
         for number, run in enumerate(plan.runs, 1):
-            print_line(f"sweep   run {number} of {len(plan.runs)}: {run.name}")
+            if prints:
+                print_line(f"sweep   run {number} of {len(plan.runs)}: {run.name}")
             code = _train(run, Options(no_cuda, is_offline(), trust_remote_code), verbose=verbose)
             if code:
                 failed[run.name] = code
             gc.collect()  # the model of this run, before the next one is loaded
-    _print(mark_best([_row(run, has_failed=run.name in failed) for run in plan.runs]), as_json=as_json)
+    if prints:
+        _print(mark_best([_row(run, has_failed=run.name in failed) for run in plan.runs]), as_json=as_json)
     # A run that diverged is a result: it says that its values do not work.
     return next((code for code in failed.values() if code != DivergedError.exit_code), None)
 
@@ -126,13 +129,14 @@ def _train(run: SweepRun, options: Options, *, verbose: bool) -> int:
     try:
         own = find_own_run(run.resolved, options)
         if own.path is not None and own.state == "finished":
-            own.joined[0].close()
-            print_line(f"sweep   finished before, after step {own.step}")
+            own.joined[0].close(wait_for_main=True)
+            if own.joined[0].is_main:
+                print_line(f"sweep   finished before, after step {own.step}")
             return 0
         output = open_training_output(verbose=verbose)
         train_or_resume(own, options, print_line=output.line, screen=output.screen)
-    except StoppedBySignal:
-        raise  # asks the whole command to stop
+    except (StoppedBySignal, RankLostError):
+        raise  # asks the whole command to stop; and nobody comes to the next run without the process that is lost
     except LlmtuneError as error:
         return report_error(error)
     return 0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from llmtune import durable
-from llmtune.common.environment import available_cores
+from llmtune.common.environment import available_cores, launched_process
 from llmtune.common.text import print_line
 from llmtune.config.sweep import SweepRun
 from llmtune.errors import UsageError
@@ -28,7 +28,8 @@ def train_on_devices(runs: Sequence[SweepRun], devices: int, words: Sequence[str
     On a CPU a device is a share of its cores. A run prints into `NAME.log` beside its folder. words: those after
     `llmtune` that train one run, whose name follows them.
 
-    Raises UsageError for more devices than there are, StoppedBySignal after a signal, when every run is saved.
+    Raises UsageError for more devices than there are or under a launcher, StoppedBySignal after a signal, when every
+    run is saved.
     """
     places = _environments(devices, no_cuda=no_cuda)
     waiting, free, failed = list(enumerate(runs, 1)), list(range(devices)), dict[str, int]()
@@ -57,9 +58,12 @@ def train_on_devices(runs: Sequence[SweepRun], devices: int, words: Sequence[str
 
 
 def _environments(devices: int, *, no_cuda: bool) -> list[dict[str, str]]:
-    """The variables with which a process sees one device alone, for each."""
+    """The variables with which a process sees one device alone, for each. Raises UsageError, see above."""
     import torch
 
+    if (started := launched_process().world_size) > 1:
+        problem = f"{devices} runs at once were asked for, and {started} processes are started already"
+        raise UsageError(problem, "--devices", "leave it out under another launcher: its processes share each run")
     found = 0 if no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
     if devices < 1 or (found and devices > found):
         problem = f"{devices} devices were asked for" + (f", and there are {found}" if found else "")

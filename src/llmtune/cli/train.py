@@ -77,7 +77,7 @@ def go_on_and_print(resolved: ResolvedConfig, options: Options, *, verbose: bool
     if devices.is_main:
         print_line(own.sentence())
     if own.path is not None and own.state == "finished":
-        devices.close()
+        devices.close(wait_for_main=True)
         if devices.is_main:
             print(own.path)
         return

@@ -1,4 +1,4 @@
-"""What the environment settles: the user's folders, connections, and how long threads spin.
+"""What the environment settles: folders, connections, which of several processes this is, how long threads spin.
 
 OpenMP's threads spin while they wait for each other, before they sleep: alone on a machine that saves the time of
 waking up. Beside other work a spinning thread holds the core that the thread it waits for needs, and a training takes
@@ -12,15 +12,22 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
+from llmtune.common.text import excerpt
+from llmtune.errors import MachineError
 
 __all__ = [
+    "LaunchedProcess",
     "available_cores",
     "cache_folder",
+    "environment_error",
     "go_offline",
     "home_expanded",
     "is_offline",
+    "launched_process",
+    "launcher_number",
     "limit_spinning",
     "spinning_in_force",
     "state_folder",
@@ -40,6 +47,60 @@ OWN_SETTINGS = (*LIMITS, "OMP_WAIT_POLICY", "KMP_LIBRARY")
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LaunchedProcess(NamedTuple):
+    """Which of the processes of a training this one is, as its launcher says; without one it is alone."""
+
+    rank: int
+    world_size: int
+    local_world_size: int | None
+    """Processes on this machine; None where the launcher does not say it."""
+
+
+def launched_process(environ: Mapping[str, str] = os.environ) -> LaunchedProcess:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: torch's names, which `torchrun` and most launchers set.
+
+    No others: what a scheduler sets (SLURM_PROCID, PMI_RANK) is also there for a command that is to run alone. Raises
+    MachineError where one is no such number, or RANK stands without WORLD_SIZE: each process would train a run alone.
+    """
+    world_size, rank = launcher_number("WORLD_SIZE", 1, environ), launcher_number("RANK", 0, environ)
+    launcher_number("LOCAL_RANK", 0, environ)  # `choose_device` reads it, where there is a GPU
+    local_world_size = launcher_number("LOCAL_WORLD_SIZE", 1, environ)
+    if world_size is None and rank is not None:
+        fix = "let the launcher set WORLD_SIZE too, as `torchrun` does; or unset RANK to train with this process alone"
+        raise environment_error(f"RANK is {rank} and WORLD_SIZE is not set", fix)
+    world_size = 1 if world_size is None else world_size
+    if rank is not None and rank >= world_size:
+        fix = "let the launcher count the processes from 0, as `torchrun` does"
+        raise environment_error(f"RANK is {rank} and WORLD_SIZE is {world_size}", fix)
+    return LaunchedProcess(rank or 0, world_size, local_world_size)
+
+
+def launcher_number(
+    name: str, least: int, environ: Mapping[str, str] = os.environ, *, most: int | None = None
+) -> int | None:
+    """Read a whole number that a launcher sets; None where it is not set. Raises MachineError for anything else.
+
+    >>> launcher_number("LOCAL_RANK", 0, {"LOCAL_RANK": "3"})
+    3
+    """
+    text = environ.get(name)
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= least and (most is None or number <= most):
+            return number
+    said, numbers = f"`{excerpt(text)}`" if text else "empty", f"from {least} to {most}" if most else f"from {least}"
+    fix = f"let the launcher set it, as `torchrun` does, or unset {name}"
+    raise environment_error(f"{name} is {said}, and must be a whole number {numbers}", fix)
+
+
+def environment_error(problem: str, fix: str) -> MachineError:
+    """Make the error for what a launcher sets: each process prints it, because each has an environment of its own."""
+    error = MachineError(problem, "environment", fix)
+    error.is_reported = False
+    return error
 
 
 def limit_spinning() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from llmtune.common.decisions import Decision
+from llmtune.common.environment import launcher_number
 from llmtune.errors import MachineError, in_one_line
 
 __all__ = ["CUDA_CONTEXT_BYTES", "choose_device", "has_nvidia_gpu", "peak_memory_bytes", "why_not_usable"]
@@ -25,11 +27,12 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 WSL_LIBRARY = Path("/usr/lib/wsl/lib/libcuda.so.1")
 
 
-def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.device, Decision]:
+def choose_device(*, no_cuda: bool = False, environ: Mapping[str, str] = os.environ) -> tuple[torch.device, Decision]:
     """Choose this process's GPU, or the CPU where there is none or `no_cuda` is set, with the reason.
 
-    Raises MachineError where there are GPUs, and fewer than processes; or one that this torch cannot use: an 8B model
-    would train on the CPU for weeks before anyone asked why.
+    Of several GPUs that one whose number is LOCAL_RANK, which a launcher gives to each process of a machine; else the
+    first. Raises MachineError where there are GPUs, and fewer than processes; or one that this torch cannot use: an 8B
+    model would train on the CPU for weeks before anyone asked why.
     """
     if no_cuda:
         return torch.device("cpu"), Decision("device", "cpu", "--no-cuda was given")
@@ -37,15 +40,22 @@ def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.
         if not has_nvidia_gpu():
             return torch.device("cpu"), Decision("device", "cpu", "no CUDA device was found")
         raise MachineError(*why_not_available())
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    # Read here, because a caller that did not would put every process of the machine on the first GPU.
+    local_rank = launcher_number("LOCAL_RANK", 0, environ) or 0
+    # A scheduler may show each process its own GPU alone (Slurm's `--gpus-per-task`). Where several have the same one,
+    # they are refused when they meet.
+    index = local_rank if count > 1 else 0
+    if index >= count:
         raise MachineError(
-            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
+            f"process {local_rank} of this machine has no GPU: there are {count}",
             where="distributed",
             fix="start as many processes as there are GPUs, or say --no-cuda",
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", index)
     if (reason := why_not_usable(device)) is not None:
         raise MachineError(*reason)
+    torch.cuda.set_device(device)  # some libraries' kernels run on the current one, wherever their tensors are
     return device, Decision("device", str(device), torch.cuda.get_device_name(device))
 
 

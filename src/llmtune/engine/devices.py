@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
 
 from llmtune.common.decisions import Decision
+from llmtune.common.environment import available_cores, launched_process
 from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
@@ -26,7 +25,8 @@ from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.rank_messages import FIX_UNLIKE, RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
-from llmtune.errors import ConfigError, MachineError, RankLostError, UsageError
+from llmtune.engine.rendezvous import ALONE, Neighbours, arrive, open_store
+from llmtune.errors import ConfigError, MachineError, UsageError
 
 __all__ = ["Devices", "open_devices"]
 
@@ -56,9 +56,10 @@ class Devices:
         messages: RankMessages | None = None,
         owns_group: bool = True,
         unwatched: Sequence[int] = (),
+        neighbours: Neighbours = ALONE,
     ) -> None:
         """`owns_group`: the process group was made here, and ends with `close`. `unwatched`: see `watch_ranks`."""
-        self.device = device
+        self.device, self.neighbours = device, neighbours
         self._owns_group = owns_group
         self.rank = rank
         self.is_main = rank == 0
@@ -77,12 +78,11 @@ class Devices:
 
         It sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without WORLD_SIZE, or with 1, it is a single
         process. nccl on GPUs, gloo on CPUs. `timeout_s`: seconds after which a silent process counts as lost. Raises
-        MachineError when the environment is incomplete, RankLostError when the others do not come.
+        MachineError when the environment is incomplete or two processes have one GPU, RankLostError when the others do
+        not come.
         """
-        # The number on this machine chooses the GPU; RANK counts over all machines.
-        local_rank = int(environ.get("LOCAL_RANK", "0"))
-        device = choose_device(no_cuda=no_cuda, local_rank=local_rank)[0]
-        world_size = int(environ.get("WORLD_SIZE", "1"))
+        rank, world_size, local_world_size = launched_process(environ)
+        device = choose_device(no_cuda=no_cuda, environ=environ)[0]
         # Asked for several processes on a CPU, accelerate names the place where they meet and starts one.
         if "WORLD_SIZE" not in environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environ.keys():
             raise MachineError(
@@ -91,41 +91,32 @@ class Devices:
                 fix="start them with `llmtune train --devices N` or `torchrun --nproc-per-node N -m llmtune train`",
             )
         if world_size == 1:
-            return cls(device)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-        if missing:
-            raise MachineError(
-                f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set",
-                where="environment",
-                fix="start with `torchrun`",
-            )
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
-        longest = LONGEST_WAITS * timeout
-        # The store of a launcher outlives the processes that it starts again, with the addresses of the dead.
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        with lost_ranks_noticed():
+            return cls(device, neighbours=Neighbours(machine=local_world_size or 1))
+        timeout = dt.timedelta(seconds=timeout_s)
+        with lost_ranks_noticed(), ExitStack() as on_failure:
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
-            if not owns_group:
-                store = _get_default_store()
-            else:
-                is_in_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                if is_in_launcher:
-                    _check_launcher(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout_s)
-                store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-                if is_in_launcher:
-                    store = _store_of_main(PrefixStore(attempt, store), rank, environ["MASTER_ADDR"], timeout)
-                store.set_timeout(timeout)
-                _wait_for_all(PrefixStore(f"here/{attempt}", store), rank, world_size)
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                group_store = PrefixStore(f"group/{attempt}", store)
+            store = open_store(rank, world_size, timeout, environ)
+            count_neighbours = arrive(store, rank, world_size, device)
+            if owns_group:
+                backend, group_store = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", store)
+                longest = LONGEST_WAITS * timeout
                 dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=longest)
-            store = PrefixStore(f"llmtune/{attempt}", store)
+                # Left standing, it would be taken for that of the program by the next training.
+                on_failure.callback(dist.destroy_process_group)
+            store = PrefixStore("messages", store)
             watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
-        messages = RankMessages(rank, world_size, store, watch)
+            messages = RankMessages(rank, world_size, store, watch)
+            with messages.errors_printed_once():
+                neighbours = count_neighbours()
+            on_failure.pop_all()
         return cls(
-            device, rank=rank, world_size=world_size, messages=messages, owns_group=owns_group, unwatched=unwatched
+            device,
+            rank=rank,
+            world_size=world_size,
+            messages=messages,
+            owns_group=owns_group,
+            unwatched=unwatched,
+            neighbours=neighbours._replace(machine=local_world_size or neighbours.machine),
         )
 
     def watch_decision(self) -> list[Decision]:
@@ -327,43 +318,6 @@ class Devices:
         self.rank, self.world_size, self.row_size, self._row_group = 0, 1, 1, None
 
 
-def _check_launcher(address: str, port: int, timeout_s: float) -> None:
-    """Raise RankLostError where nobody listens at the store of the (first machine's) launcher.
-
-    It listened before it started any process. Torch would try again until `timeout_s`.
-    """
-    try:
-        socket.create_connection((address, port), min(timeout_s, LONGEST_LOOK_S)).close()
-    except ConnectionRefusedError as error:
-        problem = f"nobody listens at {address}:{port}: the launcher has ended, or a firewall refuses"
-        raise RankLostError(problem, where="distributed", fix="start the run again") from error
-    except OSError:  # a name that is not found yet, or a slow network: torch tries again, and has its own message
-        return
-
-
-LONGEST_LOOK_S = 10.0
-"""A launcher that has died is refused at once; a longer wait is torch's."""
-
-
-def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedelta) -> Store:
-    """Open the store in the main process that the others find by the launcher's, which may end before they have saved.
-
-    `timeout`: how long they look for it.
-    """
-    name = "port of the main process"
-    port = 0 if rank == 0 else int(launcher.get(name))  # any free one, which the others are told
-    store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-    if rank == 0:
-        launcher.set(name, str(store.port))
-    return store  # type: ignore[no-any-return]
-
-
-def _wait_for_all(store: Store, rank: int, world_size: int) -> None:
-    """Wait until every process has come, for the time-out of the store at most."""
-    store.set(str(rank), "")
-    store.wait([str(other) for other in range(world_size)])
-
-
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Group parameters of one dtype, in order, into buckets of about `BUCKET_BYTES`."""
     buckets: list[list[torch.Tensor]] = []
@@ -381,16 +335,17 @@ def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> 
     """Raise ConfigError for a number of processes that the config cannot be trained with.
 
     Several, where weights move before the gradients of all could be summed; one that those of a row do not divide.
+    Raises MachineError where the environment does not say it (see `launched_process`).
     """
-    count, shared = environ.get("WORLD_SIZE", "1"), config.distributed.sequence_parallel
-    if int(count) % shared:
-        started = "1 process was" if count == "1" else f"{count} processes were"
+    count, shared = launched_process(environ).world_size, config.distributed.sequence_parallel
+    if count % shared:
+        started = "1 process was" if count == 1 else f"{count} processes were"
         raise ConfigError(
             f"{started} started, and {shared} share each row",
             where="distributed.sequence_parallel",
             fix=f"start {shared} of them or a multiple, as `llmtune train --devices {shared}`, or set it to 1",
         )
-    if config.training.step_in_backward and count != "1":
+    if config.training.step_in_backward and count > 1:
         raise ConfigError(
             f"{count} processes were started, and weights that move in the backward pass "
             "cannot wait for the gradients of all",
@@ -411,7 +366,7 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
     devices.share_rows(distributed.sequence_parallel, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
-    decisions = [decision, *devices.watch_decision()]
+    decisions = [decision, *_divide_cores(devices.neighbours.cores), *devices.watch_decision()]
     if devices.world_size == 1 and distributed.strategy in ("fsdp", "deepspeed"):
         reason = "1 process: no launcher started more, and it holds the whole model"
         decisions.append(Decision("distributed.strategy", "one process", reason))
@@ -420,3 +375,17 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
         reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"
         decisions.append(Decision("distributed.strategy", "ddp", reason))
     return devices, decisions
+
+
+def _divide_cores(processes: int) -> list[Decision]:
+    """Compute with a share of the cores that so many processes run on, unless OMP_NUM_THREADS says with how many.
+
+    `torchrun` and `--devices` set that; other launchers do not, and the threads of each process would fill all cores.
+    """
+    cores = available_cores()
+    threads = max(1, cores // processes)
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= threads:
+        return []
+    torch.set_num_threads(threads)
+    reason = f"{processes} processes run on the same {cores} cores, and OMP_NUM_THREADS is not set"
+    return [Decision("process.num_threads", str(threads), reason)]

@@ -108,7 +108,8 @@ class Forecaster:
     def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
         """Plans for the device of this process as the main one plans: it has the most rows, and some may have none."""
         # The machine's own free memory, measured here; another device is planned by its published size.
-        target = find_target(None, no_cuda=devices.device.type == "cpu")
+        shared_by = devices.neighbours.machine
+        target = find_target(None, no_cuda=devices.device.type == "cpu", shared_by=shared_by)
         return cls(prepared, options, target, world_size=devices.world_size)
 
     def with_prepared(self, prepared: Prepared) -> Forecaster:

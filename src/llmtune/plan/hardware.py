@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import psutil
 import torch
 from torch import nn
 
+from llmtune.common.environment import launcher_number
 from llmtune.config.schema import Config
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES, choose_device
@@ -51,6 +51,8 @@ class Target:
     has_bf16: bool = True
     is_local: bool = False
     """It is this machine's own device."""
+    shared_by: int = 1
+    """Processes of the training that share the machine's memory."""
 
     @property
     def budget_bytes(self) -> int:
@@ -58,13 +60,15 @@ class Target:
         return int(self.total_bytes * SHARE[self.kind])
 
 
-def find_target(name: str | None, *, no_cuda: bool = False) -> Target:
+def find_target(name: str | None, *, no_cuda: bool = False, shared_by: int | None = None) -> Target:
     """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use on this machine.
 
+    `shared_by`: processes of the training on this machine; None: what LOCAL_WORLD_SIZE says, which a launcher may set.
     Raises UsageError for an unknown name.
     """
     if name is None:
-        return _local_target(no_cuda=no_cuda)
+        shared_by = shared_by or launcher_number("LOCAL_WORLD_SIZE", 1) or 1
+        return _local_target(shared_by, no_cuda=no_cuda)
     key = name.strip().lower()
     if key in GPUS:
         mebibytes, has_bf16 = GPUS[key]
@@ -75,12 +79,11 @@ def find_target(name: str | None, *, no_cuda: bool = False) -> Target:
     raise UsageError(f"`{name}` is no known device", "--device", f"a size such as 24GB, or one of {', '.join(GPUS)}")
 
 
-def _local_target(*, no_cuda: bool) -> Target:
+def _local_target(shared_by: int, *, no_cuda: bool) -> Target:
     device, _ = choose_device(no_cuda=no_cuda)
     if device.type != "cuda":
-        shared = local_processes()
-        name = "this CPU" if shared == 1 else f"this CPU, shared by {shared} processes"
-        return Target(name, "cpu", attainable_bytes(), is_local=True)
+        name = "this CPU" if shared_by == 1 else f"this CPU, shared by {shared_by} processes"
+        return Target(name, "cpu", attainable_bytes(shared_by), is_local=True, shared_by=shared_by)
     free, total = torch.cuda.mem_get_info(device)
     # What torch has reserved is not free for the driver, but it is for the training of this process; and so is what the
     # driver took for this process when it was asked, which a plan counts.
@@ -104,10 +107,10 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def attainable_bytes() -> int:
+def attainable_bytes(shared_by: int = 1) -> int:
     """Bytes this process could hold: its own now, and those free on the machine or under its control group's limit.
 
-    Processes that a launcher started on this machine (LOCAL_WORLD_SIZE) share what is free.
+    `shared_by`: processes of the training on this machine, which share what is free.
     """
     # `available` and not `free`: the system gives up its file cache when a program needs the memory.
     free = int(psutil.virtual_memory().available)
@@ -119,12 +122,7 @@ def attainable_bytes() -> int:
         limit = used = ""
     if limit.isdigit() and used.isdigit():  # a group without a limit reads `max`
         free = min(free, max(0, int(limit) - int(used)))
-    return resident_bytes() + free // local_processes()
-
-
-def local_processes() -> int:
-    """Processes of this training on this machine, as `torchrun` says; 1 without a launcher."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return resident_bytes() + free // shared_by
 
 
 GPUS: dict[str, tuple[int, bool]] = {

@@ -119,7 +119,7 @@ def _limit(forecaster: Forecaster) -> str:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     is_limited = limit != resource.RLIM_INFINITY
     limited = f" (its address space is limited to {readable_bytes(limit)})" if is_limited else ""
-    return f"this process could hold {readable_bytes(attainable_bytes())} here{limited}"
+    return f"this process could hold {readable_bytes(attainable_bytes(forecaster.target.shared_by))} here{limited}"
 
 
 def _planned(forecaster: Forecaster) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.environment import home_expanded
+from llmtune.common.environment import home_expanded, launched_process
 from llmtune.common.records import flat_items
 from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
@@ -84,12 +84,14 @@ Joined = tuple[Devices, list[Decision]]
 def meet_processes(config: Config, options: Options) -> Joined:
     """Open the devices of this process and meet the others; a signal ends it while it waits for them.
 
-    Raises ConfigError for a way to share a training that does not work here, RankLostError when the others do not come.
+    Raises ConfigError for a way to share a training that does not work here, MachineError for an environment that does
+    not say how they meet, RankLostError when the others do not come.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    process = launched_process()
+    if process.world_size == 1:
         return open_devices(config, options)
     stop_with_launcher()
-    with exit_where_blocked(announces=os.environ.get("RANK", "0") == "0"):
+    with exit_where_blocked(announces=process.rank == 0):
         return open_devices(config, options)
 
 

@@ -1,0 +1,135 @@
+"""Where the processes of a training meet: a key-value store, and who of them shares a machine, cores or a GPU."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
+
+from llmtune.common.environment import environment_error, launcher_number
+from llmtune.errors import MachineError, RankLostError
+
+__all__ = ["ALONE", "Neighbours", "arrive", "open_store"]
+
+_kept: dict[str, Store] = {}
+"""The store that this process keeps for the others, by its port. It lives as long as the process: another may come to
+the next meeting before this one has left the last, and must not find a store that is about to end."""
+
+
+def open_store(rank: int, world_size: int, timeout: dt.timedelta, environ: Mapping[str, str]) -> Store:
+    """Open the store of this meeting alone, in which no earlier training of these processes has left anything.
+
+    It is that of the process group that the program around this one has made (Ray Train), else a launcher's or the main
+    process's own. `timeout`: how long a process looks for it, and waits for a key. Raises MachineError where it is not
+    said where to meet, RankLostError where the launcher has ended.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if missing:
+        raise environment_error(
+            f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set", "start with `torchrun`"
+        )
+    address, port = environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 1, environ, most=65535)
+    assert port is not None, "it is set"
+    if dist.is_initialized():
+        return _of_this_meeting(_get_default_store(), rank, environ)
+    is_in_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_in_launcher:
+        _check_launcher(address, port, timeout.total_seconds())
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    if rank == 0 and not is_in_launcher:
+        _kept[environ["MASTER_PORT"]] = store
+    store = _of_this_meeting(store, rank, environ)
+    if is_in_launcher:
+        store = _store_of_main(store, rank, address, timeout)
+    store.set_timeout(timeout)
+    return store
+
+
+def _of_this_meeting(store: Store, rank: int, environ: Mapping[str, str]) -> Store:
+    """The part of a store, which may outlive a training and its processes, that belongs to this meeting.
+
+    Each process counts its own meetings in the store itself, and all of them meet equally often.
+    """
+    # The store of a launcher outlives the processes that it starts again, with the addresses of the dead.
+    store = PrefixStore(f"llmtune/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(str(store.add(f"meetings/{rank}", 1)), store)
+
+
+def _check_launcher(address: str, port: int, timeout_s: float) -> None:
+    """Raise RankLostError where nobody listens at the store of the (first machine's) launcher.
+
+    It listened before it started any process. Torch would try again until `timeout_s`.
+    """
+    try:
+        socket.create_connection((address, port), min(timeout_s, LONGEST_LOOK_S)).close()
+    except ConnectionRefusedError as error:
+        problem = f"nobody listens at {address}:{port}: the launcher has ended, or a firewall refuses"
+        raise RankLostError(problem, where="distributed", fix="start the run again") from error
+    except OSError:  # a name that is not found yet, or a slow network: torch tries again, and has its own message
+        return
+
+
+LONGEST_LOOK_S = 10.0
+"""A launcher that has died is refused at once; a longer wait is torch's."""
+
+
+def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedelta) -> Store:
+    """Open the store in the main process that the others find by the launcher's, which may end before they have saved.
+
+    `timeout`: how long they look for it.
+    """
+    name = "port of the main process"
+    port = 0 if rank == 0 else int(launcher.get(name))  # any free one, which the others are told
+    store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+    if rank == 0:
+        launcher.set(name, str(store.port))
+    return store  # type: ignore[no-any-return]
+
+
+class Neighbours(NamedTuple):
+    """How many processes of the training, this one with them, share something with it."""
+
+    machine: int = 1
+    cores: int = 1
+    """Those that may run on exactly the same cores."""
+
+
+ALONE = Neighbours()
+"""Of a single process."""
+
+
+def arrive(store: Store, rank: int, world_size: int, device: torch.device) -> Callable[[], Neighbours]:
+    """Count this process among those of its machine, and wait until all have come; the function returned gives counts.
+
+    It raises MachineError where another process has the same GPU: nccl would refuse that too, later and less clearly.
+    """
+    host = socket.gethostname()
+    # A scheduler may have bound each process to cores of its own.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
+    places = [f"machine/{host}", f"cores/{host}/{cores}"]
+    if device.type == "cuda":
+        places.append(f"gpu/{host}/{torch.cuda.get_device_properties(device).uuid}")
+    for place in places:
+        store.add(place, 1)
+    # For the time-out of the store. nccl would wait for nobody, and gloo for as long as a sum may take.
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)])
+
+    def count() -> Neighbours:
+        machine, cores, *gpu = (store.add(place, 0) for place in places)
+        if gpu and gpu[0] > 1:
+            raise MachineError(
+                f"{gpu[0]} processes of {host} have the same GPU, {torch.cuda.get_device_name(device)}",
+                where="distributed",
+                fix="start one process for each GPU; its launcher sets LOCAL_RANK, or shows it that GPU alone",
+            )
+        return Neighbours(machine, cores)
+
+    return count
