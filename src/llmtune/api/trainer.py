@@ -135,11 +135,8 @@ class Trainer:
         """
         if self._ended or self._running() is not None:
             how = "has ended" if self._ended else "is under way"
-            again, leave = (
-                "go on with `Trainer.resume(trainer.result().folder)`",
-                "leave its loop, or call `close()`, first",
-            )
-            fix = again if self._ended else leave
+            again = "go on with `Trainer.resume(trainer.result().folder)`"
+            fix = again if self._ended else "leave its loop, or call `close()`, first"
             raise UsageError(f"this run {how}", where="Trainer.steps", fix=fix)
         self.session  # noqa: B018 - opened here, so that a problem is raised by this call and not by the first `next`
         steps = self._steps()

@@ -25,7 +25,7 @@ from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.rank_messages import FIX_UNLIKE, RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
-from llmtune.engine.rendezvous import ALONE, Neighbours, arrive, open_store
+from llmtune.engine.rendezvous import ALONE, Neighbours, arrive, count_neighbours, open_store, refuse_shared_gpus
 from llmtune.errors import ConfigError, MachineError, UsageError
 
 __all__ = ["Devices", "open_devices"]
@@ -96,7 +96,7 @@ class Devices:
         with lost_ranks_noticed(), ExitStack() as on_failure:
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
             store = open_store(rank, world_size, timeout, environ)
-            count_neighbours = arrive(store, rank, world_size, device)
+            places = arrive(store, rank, world_size, device)
             if owns_group:
                 backend, group_store = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", store)
                 longest = LONGEST_WAITS * timeout
@@ -107,8 +107,9 @@ class Devices:
             watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
             messages = RankMessages(rank, world_size, store, watch)
             with messages.errors_printed_once():
-                neighbours = count_neighbours()
+                refuse_shared_gpus(places, rank)
             on_failure.pop_all()
+        neighbours = count_neighbours(places, rank)
         return cls(
             device,
             rank=rank,

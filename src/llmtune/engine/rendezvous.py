@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from llmtune.common.environment import environment_error, launcher_number
 from llmtune.errors import MachineError, RankLostError
 
-__all__ = ["ALONE", "Neighbours", "arrive", "open_store"]
+__all__ = ["ALONE", "Neighbours", "arrive", "count_neighbours", "open_store", "refuse_shared_gpus"]
 
 _kept: dict[str, Store] = {}
 """The store that this process keeps for the others, by its port. It lives as long as the process: another may come to
@@ -93,6 +95,14 @@ def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedel
     return store  # type: ignore[no-any-return]
 
 
+class Place(NamedTuple):
+    """Where a process computes; a GPU by its number, None on a CPU."""
+
+    host: str
+    cores: str
+    gpu: str | None
+
+
 class Neighbours(NamedTuple):
     """How many processes of the training, this one with them, share something with it."""
 
@@ -105,31 +115,37 @@ ALONE = Neighbours()
 """Of a single process."""
 
 
-def arrive(store: Store, rank: int, world_size: int, device: torch.device) -> Callable[[], Neighbours]:
-    """Count this process among those of its machine, and wait until all have come; the function returned gives counts.
+def arrive(store: Store, rank: int, world_size: int, device: torch.device) -> list[Place]:
+    """Say where this process computes, and give the places of all, by rank, when all have come.
 
-    It raises MachineError where another process has the same GPU: nccl would refuse that too, later and less clearly.
+    They have the time-out of the store for it.
     """
-    host = socket.gethostname()
     # A scheduler may have bound each process to cores of its own.
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
-    places = [f"machine/{host}", f"cores/{host}/{cores}"]
-    if device.type == "cuda":
-        places.append(f"gpu/{host}/{torch.cuda.get_device_properties(device).uuid}")
-    for place in places:
-        store.add(place, 1)
-    # For the time-out of the store. nccl would wait for nobody, and gloo for as long as a sum may take.
-    store.set(f"here/{rank}", "")
-    store.wait([f"here/{other}" for other in range(world_size)])
+    cores = str(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else "all"
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    store.set(f"here/{rank}", json.dumps(Place(socket.gethostname(), cores, gpu)))
+    # Here and not in the process group: nccl would wait for nobody, and gloo for as long as a sum may take.
+    keys = [f"here/{other}" for other in range(world_size)]
+    store.wait(keys)
+    return [Place(*json.loads(store.get(key))) for key in keys]
 
-    def count() -> Neighbours:
-        machine, cores, *gpu = (store.add(place, 0) for place in places)
-        if gpu and gpu[0] > 1:
-            raise MachineError(
-                f"{gpu[0]} processes of {host} have the same GPU, {torch.cuda.get_device_name(device)}",
-                where="distributed",
-                fix="start one process for each GPU; its launcher sets LOCAL_RANK, or shows it that GPU alone",
-            )
-        return Neighbours(machine, cores)
 
-    return count
+def count_neighbours(places: Sequence[Place], rank: int) -> Neighbours:
+    """Count the processes that share the machine, and those that share the cores, of process `rank`."""
+    own = places[rank]
+    return Neighbours(sum(place.host == own.host for place in places), sum(place[:2] == own[:2] for place in places))
+
+
+def refuse_shared_gpus(places: Sequence[Place], rank: int) -> None:
+    """Raise MachineError in every process where two have the same GPU; nccl refuses it too, later and less clearly."""
+    counts = Counter((place.host, place.gpu) for place in places)
+    crowded = [(host, count) for (host, gpu), count in counts.items() if gpu is not None and count > 1]
+    if crowded:
+        host, count = crowded[0]
+        error = MachineError(
+            f"{count} processes of {host} have the same GPU",
+            where="distributed",
+            fix="start one process for each GPU; its launcher sets LOCAL_RANK, or shows it that GPU alone",
+        )
+        error.is_reported = rank != 0
+        raise error
