@@ -1,7 +1,7 @@
 """Train with llmtune in the workers of Ray Train: `python ray_train.py --workers 8 --name my-run KEY=VALUE ...`.
 
-Other words of the command follow `--`: `... --name my-run -- --config /shared/config.yaml`. Every path must be absolute:
-workers start in folders of their own. `run.output_dir` must be on storage that every node sees.
+Other words of the command follow `--`: `... --name my-run -- --config /shared/config.yaml`. Every path must be
+absolute: workers start in folders of their own. `run.output_dir` must be on storage that every node sees.
 
 A worker that is lost ends the others with exit code 8; Ray starts all of them again, and the same command goes on with
 its run.

@@ -207,4 +207,6 @@ def test_the_ray_script_gives_its_process_group_the_time_out_of_the_run_and_pass
 
 
 def test_the_ray_script_waits_as_long_as_a_run_does_where_nothing_is_said():
-    assert f'"--timeout-s", type=int, default={DistributedConfig().timeout_s:g}' in (FOLDER / "ray_train.py").read_text()
+    assert (
+        f'"--timeout-s", type=int, default={DistributedConfig().timeout_s:g}' in (FOLDER / "ray_train.py").read_text()
+    )
