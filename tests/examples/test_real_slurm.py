@@ -1,4 +1,7 @@
-"""The Slurm script under a real Slurm, two nodes on this host: preempted, queued again, finished to the same bytes."""
+"""The Slurm script under a real Slurm, two nodes on this host.
+
+Preempted it is queued again and finished to the same bytes. Cancelled it is saved and not queued again.
+"""
 
 import json
 import os
@@ -13,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from rank_helpers import LONGEST_S, TwoRanks, environment, wait_for_lines
+from rank_helpers import LONG, LONGEST_S, TwoRanks, environment, wait_for_lines
 from training_fixtures import rows_file  # noqa: F401
 from training_helpers import lines_of, small_run, weights_of
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "clusters" / "train.sbatch"
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "sinfo")
 MISSING = [
     *(["root"] if os.geteuid() != 0 else []),
     *(f"{name} (apt-get install slurmctld slurmd slurm-client)" for name in PROGRAMS if shutil.which(name) is None),
@@ -58,6 +61,7 @@ After `cred_expire` seconds a job that is queued again may start.
 """
 
 
+NODES = ("--nodes=2", "--ntasks-per-node=1")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -113,6 +117,13 @@ class Slurm:
             time.sleep(0.2)
 
 
+def submit_training(slurm, config, name, *given):
+    """Submit the script for one process on each node; these nodes have one processor and no GPU."""
+    script = slurm.folder / "train.sbatch"
+    script.write_text(SCRIPT.read_text().replace("#SBATCH --gpus-per-node=8\n", ""))
+    return slurm.submit(*NODES, "--cpus-per-task=1", str(script), *given, CONFIG=str(config), NAME=name)
+
+
 def _path_with_llmtune():
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
@@ -126,12 +137,11 @@ def test_p8_a_preempted_job_saves_is_queued_again_and_finishes_to_the_same_bytes
     config = tmp_path / "config.yaml"
     config.write_text("training:\n  max_steps: 400\n")
     given = small_run(tiny_model_folder, rows_file, runs, "checkpoint.every_steps=1000", "distributed.timeout_s=60")
-    nodes = ("--nodes=2", "--ntasks-per-node=1")
     (tmp_path / "slurm").mkdir()
     with Slurm(tmp_path / "slurm") as slurm:
-        number = slurm.submit(*nodes, str(SCRIPT), *given, CONFIG=str(config), NAME="preempted")
+        number = submit_training(slurm, config, "preempted", *given)
         wait_for_lines(runs / "preempted", 20)
-        urgent = slurm.submit("--partition=high", *nodes, "--wrap", "sleep 1")
+        urgent = slurm.submit("--partition=high", *NODES, "--wrap", "sleep 1")
         slurm.wait_until(lambda: slurm.job(urgent).get("JobState") == "COMPLETED")
         info = json.loads((runs / "preempted" / "run.json").read_text())
         said = (slurm.folder / f"slurm-{number}.out").read_text()
@@ -148,3 +158,21 @@ def test_p8_a_preempted_job_saves_is_queued_again_and_finishes_to_the_same_bytes
     assert codes == [0, 0], said
     assert weights_of(runs / "preempted") == weights_of(runs / "whole")
     assert lines_of(runs / "preempted") == lines_of(runs / "whole")
+
+
+def test_p8_a_cancelled_job_saves_and_is_not_queued_again(tiny_model_folder, rows_file, tmp_path):  # noqa: F811
+    runs, config = tmp_path / "runs", tmp_path / "config.yaml"
+    config.write_text(f"training:\n  max_steps: {LONG.partition('=')[2]}\n")
+    given = small_run(tiny_model_folder, rows_file, runs, "checkpoint.every_steps=1000", "distributed.timeout_s=60")
+    (tmp_path / "slurm").mkdir()
+    with Slurm(tmp_path / "slurm") as slurm:
+        number = submit_training(slurm, config, "cancelled", *given)
+        wait_for_lines(runs / "cancelled", 20)
+        slurm.say("scancel", number)
+        slurm.wait_until(lambda: slurm.job(number).get("JobState") != "RUNNING")
+        # Until the script has ended it is COMPLETING; one that was queued again would be PENDING then.
+        slurm.wait_until(lambda: slurm.job(number).get("JobState") != "COMPLETING")
+        said, job = (slurm.folder / f"slurm-{number}.out").read_text(), slurm.job(number)
+        assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), said
+    assert said.count("saved; cancelled, not queued again") == 1, said
+    assert json.loads((runs / "cancelled" / "run.json").read_text())["state"] == "stopped", said

@@ -4,6 +4,8 @@ The table on the disk is whole at every moment.
 """
 
 import argparse
+import importlib
+import json
 import os
 import re
 import runpy
@@ -16,6 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from rank_helpers import end_of, environment, places
+from training_helpers import Forked
 
 ROOT = Path(__file__).parents[2]
 PRETENDED = "Pretended: no figure here was measured on a GPU.\n\n"
@@ -157,6 +163,66 @@ def test_all_stages_for_several_gpus_run_in_cpu_processes_and_nothing_fails(tmp_
     }  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "**failed**" not in done.stdout
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("trainings")
+
+
+TRAINING = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+if os.fork():
+    signal.pause()  # the launcher
+signal.signal(signal.SIGTERM, lambda *_: (folder.parent / "saved").touch())
+for step in range(int(sys.argv[2])):
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "step_seconds": 0.1, "process": os.getpid()}) + "\\n")
+    time.sleep(0.05)
+print("error: the disk is full", file=sys.stderr)
+os.kill(os.getppid(), signal.SIGKILL)
+"""
+"""Stands for a training that is a process of its launcher and saves when it is asked to stop."""
+
+
+def test_a_training_that_is_timed_is_ended_before_it_saves_and_leaves_no_run(trainings, tmp_path, monkeypatch):
+    """Each checkpoint of full tuning of 1B is 15 GB, and fourteen trainings are timed."""
+    bench = trainings.Bench(tmp_path, 2, pretend=True)
+    folder = bench.run_folder(["run.name=timed"])
+    monkeypatch.setattr(bench, "command", lambda *_: [sys.executable, "-c", TRAINING, str(folder), "1000"])
+    lines = bench.unsaved(2, ["run.name=timed"], 5)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    psutil.wait_procs([psutil.Process(pid) for pid in {line["process"] for line in lines} if psutil.pid_exists(pid)], 5)
+    assert not psutil.pid_exists(lines[0]["process"])
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_a_training_that_ends_before_its_steps_says_why(trainings, tmp_path, monkeypatch):
+    bench = trainings.Bench(tmp_path, 2, pretend=True)
+    folder = bench.run_folder(["run.name=timed"])
+    monkeypatch.setattr(bench, "command", lambda *_: [sys.executable, "-c", TRAINING, str(folder), "2"])
+    with pytest.raises(RuntimeError, match="exit code -9: error: the disk is full"):
+        bench.unsaved(2, ["run.name=timed"], 5)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_bytes_a_second_are_measured_by_operations_that_the_oldest_torch_has(trainings, monkeypatch):
+    many_gpus = importlib.import_module("many_gpus")
+    for name in ("all_gather_single", "reduce_scatter_single"):  # of torch 2.13
+        monkeypatch.delattr(torch.distributed, name, raising=False)
+    codes, said = end_of(
+        [Forked(lambda: many_gpus.rates_of_a_rank(pretend=True), environ=environment(**places(count=1)[0]))]
+    )
+    assert codes == [0], said
+    assert len(rows_of(said[0])) == 6
+
+
+def rows_of(said):
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize(
