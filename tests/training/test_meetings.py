@@ -14,7 +14,7 @@ from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
 from llmtune.engine.devices import Devices
 from llmtune.errors import RankLostError
-from llmtune.training import train
+from llmtune.training import training_run
 from rank_helpers import end_of, environment, in_two_ranks, places
 from training_helpers import Forked, small_run, weights_of, words_as_yaml
 
@@ -109,6 +109,8 @@ def test_a_second_training_of_a_program_is_the_first_one_again(start, words, tmp
     codes, said = start(train_twice)
     assert codes == [0, 0], "\n".join(said)
     assert weights_of(tmp_path / "first") == weights_of(tmp_path / "second")
+    first, second = ((tmp_path / name / "logs" / "rank-1.log").read_text() for name in ("first", "second"))
+    assert first.count("training 4,096 of") == second.count("training 4,096 of") == 1
 
 
 def test_a_sweep_under_a_launcher_trains_all_its_runs_in_all_processes_and_goes_on(words, tmp_path):
@@ -127,14 +129,14 @@ def test_a_sweep_ends_where_a_process_is_lost(words, tmp_path, monkeypatch):
     """No process waits until the time-out for the dead one to come to the next run."""
     (tmp_path / "basis.yaml").write_text(words_as_yaml(words))
     (tmp_path / "lost.yaml").write_text("extends: basis.yaml\nsweep: {keys: {adapter.r: [2, 4]}}\n")
-    real = train.prepare
+    real = training_run.train_steps
 
-    def prepare(*given, **named):
+    def train_steps(*given, **named):
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given, **named)
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(training_run, "train_steps", train_steps)
     codes, said = in_two_ranks(lambda: command(["sweep", str(tmp_path / "lost.yaml")]))
     assert codes == [RankLostError.exit_code, -signal.SIGKILL], "\n".join(said)
     assert "run 1 of 2" in said[0]
