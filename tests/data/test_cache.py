@@ -177,6 +177,7 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(write, c
     """P1: a killed process leaves nothing that counts; its workers end with it."""
     path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(1500)])
     monkeypatch.setattr(workers_module, "BATCHES_IN_PROCESS", 1)
+    monkeypatch.setattr("llmtune.data.dataset.tokenize._PROGRESS_EVERY_S", 0)  # also where all takes a moment
     given = config(path, max_length=512, num_workers=2)
     in_the_middle = tmp_path / "in the middle"
 

@@ -8,6 +8,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from llmtune.engine.rank_messages import RankMessages
 from llmtune.engine.rank_watch import ANSWER_S, BUSY, COMPUTES, WAITS, Peer, RankWatch
@@ -43,6 +44,12 @@ def busy_at_first(passed_s):
     return BUSY if passed_s < WORK_S else COMPUTES
 
 
+def pauses(_passed_s):
+    """Answer late, as a process whose interpreter is held for a while does."""
+    time.sleep(0.7 * TIMEOUT_S)
+    return COMPUTES
+
+
 LATE_S = TIMEOUT_S + ANSWER_S + 1.5
 BESIDE = {
     "just busy": (partial(lost_after, WORK_S + TIMEOUT_S / 2, busy_at_first), 0),
@@ -50,6 +57,7 @@ BESIDE = {
     "at rest": (partial(lost_after, LATE_S, lambda _: COMPUTES), 8),
     "waits itself": (partial(lost_after, LATE_S, lambda _: WAITS), 0),
     "at rest, nobody waits": (partial(lost_after, LATE_S, lambda _: COMPUTES, waits=False), 0),
+    "pauses, nobody waits": (partial(lost_after, LATE_S, pauses, waits=False), 0),
     "silent, nobody waits": (partial(lost_after, LATE_S, lambda _: None, waits=False), 8),
 }
 
@@ -73,27 +81,26 @@ def test_a_process_that_was_stopped_itself_takes_nobody_for_silent():
 
 
 class LateStore:
-    """A store whose time-out ends at the first reading; the message has come meanwhile, or not."""
+    """A store in which a message comes after so many waits that ended without it."""
 
-    def __init__(self, *, has_message):
-        self.has_message, self.readings = has_message, 0
+    def __init__(self, *, after):
+        self.after, self.waits = after, 0
+
+    def wait(self, _keys, _timeout):
+        self.waits += 1
+        if self.waits <= self.after:
+            time.sleep(0.2)
+            raise torch.distributed.DistStoreError("wait timeout")
 
     def get(self, _key):
-        self.readings += 1
-        if self.readings == 1:
-            raise RuntimeError("wait timeout")
         return b'"told"'
 
-    def check(self, _keys):
-        return self.has_message
 
-
-def test_a_message_that_came_while_the_time_out_ended_is_read():
-    """The main process has ended its work by then, and says so."""
-    there, missing = (RankMessages(1, 2, LateStore(has_message=has), RankWatch(1, {}, timeout_s=1)) for has in (1, 0))
-    assert there.from_main(None) == "told"
+def test_a_message_of_a_process_that_nobody_watches_is_waited_for_until_the_time_out():
+    soon, late = (RankMessages(1, 2, LateStore(after=after), RankWatch(1, {}, timeout_s=1)) for after in (3, 30))
+    assert soon.from_main(None) == "told"
     with pytest.raises(RankLostError):
-        missing.from_main(None)
+        late.from_main(None)
 
 
 def test_the_main_process_works_until_its_message_is_sent():

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -407,16 +408,18 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
     def meet(*_, timeout):
         meetings.append(timeout.total_seconds())
         store = torch.distributed.HashStore()
-        store.set("llmtune/0/1/messages/here/1", "")  # the other process came, and is not seen again
+        store.set("llmtune/0/1/here/1", '["there", "all", null]')  # the other process came, and is not seen again
         yield store, 0, 2
 
     monkeypatch.setattr("llmtune.engine.rendezvous.rendezvous", meet)
+    monkeypatch.setattr("llmtune.engine.devices.allow_long_waits", lambda _, timeout: waits.append(timeout))
     monkeypatch.setattr("llmtune.engine.rank_watch.CONNECT_S", 0.05)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     for overrides in ((), (flipped("distributed.timeout_s"),)):
         open_devices(resolve(*overrides).config, Options(no_cuda=True))
-    assert waits == meetings == [120.0, 5.0]
+    assert waits == [120.0, timedelta(seconds=120), 5.0, timedelta(seconds=5)]
+    assert meetings == [120.0, 5.0]
 
 
 def test_the_keys_of_several_processes_are_used(here, resolve):

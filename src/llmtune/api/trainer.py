@@ -299,13 +299,13 @@ class Trainer:
     def _must_stop(self, *, leaves: bool = False) -> bool:
         """Whether a metric or callback of any process returned `Stop`, or one `leaves` its loop: all stop alike."""
         # Asked also where this process has none of them: another one may have, and waits for the answer of all.
-        own = (self._user_metrics, self._user_callbacks)
-        stop = next((user.stop for user in own if user is not None and user.stop is not None), None)
-        if not self.session.setup.devices.sum(float(leaves or stop is not None))[0] or leaves:
+        stop = next((user.stop for user in (self._user_metrics, self._user_callbacks) if user and user.stop), None)
+        with self._handling_signals():  # it may wait for another process
+            (asking,) = self.session.setup.devices.sum(float(leaves or stop is not None))
+        if leaves or not asking:
             return leaves
-        self.session.print_line(
-            f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on"
-        )
+        reason = stop.reason if stop else "asked for by another process"
+        self.session.print_line(f"stopped: {reason}; `llmtune resume` goes on")
         return True
 
     def _refuse_parted(self, method: str, *, needs_others: bool) -> None:

@@ -25,16 +25,20 @@ from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.rank_messages import FIX_UNLIKE, RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
-from llmtune.engine.rendezvous import ALONE, Neighbours, arrive, count_neighbours, open_store, refuse_shared_gpus
+from llmtune.engine.rendezvous import (
+    ALONE,
+    Neighbours,
+    allow_long_waits,
+    arrive,
+    count_neighbours,
+    open_store,
+    refuse_shared_gpus,
+)
 from llmtune.errors import ConfigError, MachineError, UsageError
 
 __all__ = ["Devices", "open_devices"]
 
 T = TypeVar("T")
-
-LONGEST_WAITS = 10
-"""Time-outs after which a collective operation ends even where every process answers: they wait for each other, or one
-is in code of the user's that never ends."""
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent in buckets of about this size: fewer, larger messages."""
@@ -59,8 +63,7 @@ class Devices:
         neighbours: Neighbours = ALONE,
     ) -> None:
         """`owns_group`: the process group was made here, and ends with `close`. `unwatched`: see `watch_ranks`."""
-        self.device, self.neighbours = device, neighbours
-        self._owns_group = owns_group
+        self.device, self.neighbours, self._owns_group = device, neighbours, owns_group
         self.rank = rank
         self.is_main = rank == 0
         """Whether this is the process that writes files and prints."""
@@ -87,7 +90,7 @@ class Devices:
         if "WORLD_SIZE" not in environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environ.keys():
             raise MachineError(
                 "`accelerate launch` was asked for several processes, and has started this one alone",
-                where="environment",
+                "environment",
                 fix="start them with `llmtune train --devices N` or `torchrun --nproc-per-node N -m llmtune train`",
             )
         if world_size == 1:
@@ -96,18 +99,18 @@ class Devices:
         with lost_ranks_noticed(), ExitStack() as on_failure:
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
             store = open_store(rank, world_size, timeout, environ)
-            places = arrive(store, rank, world_size, device)
-            if owns_group:
-                backend, group_store = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", store)
-                longest = LONGEST_WAITS * timeout
-                dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=longest)
-                # Left standing, it would be taken for that of the program by the next training.
-                on_failure.callback(dist.destroy_process_group)
-            store = PrefixStore("messages", store)
-            watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
-            messages = RankMessages(rank, world_size, store, watch)
+            places = arrive(store, rank, world_size, device, timeout)
+            told = PrefixStore("messages", store)
+            watch, unwatched = watch_ranks(told, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
+            messages = RankMessages(rank, world_size, told, watch)
             with messages.errors_printed_once():
                 refuse_shared_gpus(places, rank)
+                if owns_group:
+                    ours = {"store": PrefixStore("group", store), "rank": rank, "world_size": world_size}
+                    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **ours)
+                    # Left standing, it would be taken for that of the program by the next training.
+                    on_failure.callback(dist.destroy_process_group)
+                    allow_long_waits(dist.group.WORLD, timeout)
             on_failure.pop_all()
         neighbours = count_neighbours(places, rank)
         return cls(
@@ -137,12 +140,13 @@ class Devices:
         self.row_size = size
         if size == 1:
             return
-        longest = LONGEST_WAITS * dt.timedelta(seconds=timeout_s)
+        timeout = dt.timedelta(seconds=timeout_s)
         with lost_ranks_noticed():
             for first in range(0, self.world_size, size):  # every process takes part in making every group
-                group = dist.new_group(range(first, first + size), timeout=longest)
+                group = dist.new_group(range(first, first + size), timeout=timeout)
                 if first <= self.rank < first + size:
                     self._row_group = group
+                    allow_long_waits(group, timeout)
 
     @property
     def reader(self) -> int:
@@ -221,7 +225,7 @@ class Devices:
             self._told().check_alike(facts, fix=fix)
 
     def busy(self) -> AbstractContextManager[None]:
-        """Let the others wait for this process as long as the body takes: the user's code, or answers to draw."""
+        """Let the others wait for this process as long as the body takes: the user's code, or drawing answers."""
         return nullcontext() if self._messages is None else self._messages.watch.busy()
 
     def end_start(self) -> None:
@@ -253,8 +257,12 @@ class Devices:
     @contextmanager
     def _collective(self) -> Iterator[None]:
         """Notice in the body, which waits for all, that another process has died or does not go on."""
-        with lost_ranks_noticed(), nullcontext() if self._messages is None else self._messages.watch.waiting():
+        with lost_ranks_noticed(), self.waiting():
             yield
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Lose a process that does not go on while this one waits for it in the body."""
+        return nullcontext() if self._messages is None else self._messages.watch.waiting()
 
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
@@ -272,7 +280,8 @@ class Devices:
         )
         with self._collective():
             dist.all_reduce(present)
-        somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
+            counts = present.tolist()
+        somewhere = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
         for parameter in somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -301,7 +310,7 @@ class Devices:
         rows = [torch.empty_like(row, device=self.device) for _ in range(self.world_size)]
         with self._collective():
             dist.all_gather(rows, row.to(self.device).contiguous())
-        return torch.stack(rows).cpu()
+            return torch.stack(rows).cpu()
 
     def close(self, *, wait_for_main: bool = False) -> None:
         """Leave the other processes: from then on this one is alone, and sums nothing.
@@ -348,8 +357,7 @@ def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> 
         )
     if config.training.step_in_backward and count > 1:
         raise ConfigError(
-            f"{count} processes were started, and weights that move in the backward pass "
-            "cannot wait for the gradients of all",
+            f"{count} processes were started, and weights that move in the backward pass cannot wait for all gradients",
             where="training.step_in_backward",
             fix="set it to false, or start one process (without `torchrun`)",
         )

@@ -228,7 +228,8 @@ def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> t
     else:  # a window with fewer micro-batches than processes
         own_sum = torch.zeros((), dtype=torch.float64, device=devices.device)
     # Both in one tensor: on a CUDA device each `tolist` would wait for the stream.
-    loss_sum, grad_norm = torch.stack([devices.sum_tensor(own_sum), norm.double().to(own_sum.device)]).tolist()
+    with devices.waiting():  # on a GPU the sum is waited for here
+        loss_sum, grad_norm = torch.stack([devices.sum_tensor(own_sum), norm.double().to(own_sum.device)]).tolist()
     return loss_sum, grad_norm
 
 

@@ -9,8 +9,9 @@ import datetime as dt
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,9 @@ __all__ = ["FIX_UNLIKE", "RankMessages", "lost_ranks_noticed"]
 T = TypeVar("T")
 
 FIX_UNLIKE = "start every process with the same command, files, environment and versions"
+
+LONGEST_SILENT_WAIT_S = 30
+"""Seconds after which the main process says for whom it waits."""
 
 LONGEST_LEAVING_S = 10
 """Seconds that the main process waits at the end for the others to have read its last message."""
@@ -45,18 +49,20 @@ class RankMessages:
 
         Raises the LlmtuneError of `work`, on every process.
         """
+        return self._on_main(work, self.watch.working())
+
+    def _on_main(self, work: Callable[[], T], while_working: AbstractContextManager[None]) -> T | None:
         if self._rank != 0:
             failure = self._receive()
             if failure is not None:
                 raise _error_of_main(failure)
             return None
-        # Working until it is sent: who finds this process at rest finds its message too.
-        with self.watch.working():
+        with while_working:  # until it is sent
             try:
                 result = work()
             except LlmtuneError as error:
                 error.is_reported = False  # here, and in no other process: all end with it
-                self._send({"exit_code": error.exit_code, "problems": error.problems})
+                self._send({"kind": error.kind, "problems": error.problems})
                 raise
             self._send(None)
         return result
@@ -80,7 +86,8 @@ class RankMessages:
         if self._rank != 0:
             while (number := self._receive()) is not None:
                 share(number)
-        return self.on_main(work_to_the_end)
+        # Not `working`: where another process is lost, this one could not end the work.
+        return self._on_main(work_to_the_end, self.watch.busy())
 
     def from_main(self, value: T) -> T:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
@@ -104,8 +111,7 @@ class RankMessages:
     def _compare_facts(self, place: str, facts: object, fix: str) -> None:
         problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
         for rank in range(1, self._world_size):
-            with lost_ranks_noticed():
-                other = json.loads(self._get(f"{place}/{rank}", rank))
+            other = json.loads(self._get(f"{place}/{rank}", rank))
             found = other["facts"]
             problems += [
                 Problem(
@@ -127,24 +133,25 @@ class RankMessages:
 
     def _receive(self) -> Any:
         self._count += 1
-        message = f"message/{self._count}"
-        with lost_ranks_noticed(), self.watch.waiting():
-            return json.loads(self._get(message, 0))
+        return json.loads(self._get(f"message/{self._count}", 0))
 
     def _get(self, key: str, rank: int) -> bytes:
-        """Read what process `rank` writes, and wait for it as long as it may be awaited. Raises RuntimeError else."""
-        is_said = self._rank != 0  # the main process alone prints
-        while True:
-            try:
-                return self._store.get(key)  # type: ignore[no-any-return]
-            except RuntimeError:
-                # A save, or reading rows, may take longer than a process may be silent; a stopped one does not answer.
-                if not self.watch.may_be_awaited(rank) and not self._store.check([key]):
-                    raise
-            if not is_said:
-                with suppress(OSError):  # a closed terminal stops no training
-                    os.write(2, f"waiting for process {rank}, which is still at work\n".encode())
-                is_said = True
+        """Read what process `rank` writes, and wait for it as long as it may come."""
+        began, is_said = time.monotonic(), self._rank != 0  # the main process alone prints
+        with lost_ranks_noticed(), self.watch.waiting():
+            while True:
+                try:
+                    # In short waits: the store says nothing of a process that is lost.
+                    self._store.wait([key], dt.timedelta(seconds=1))
+                    return self._store.get(key)  # type: ignore[no-any-return]
+                except torch.distributed.DistStoreError:
+                    waited_s = time.monotonic() - began
+                    if not self.watch.may_come(rank, waited_s):
+                        raise
+                if not is_said and waited_s > LONGEST_SILENT_WAIT_S:
+                    with suppress(OSError):  # a closed terminal stops no training
+                        os.write(2, f"waiting for process {rank}, which is still at work\n".encode())
+                    is_said = True
 
     @contextmanager
     def errors_printed_once(self) -> Iterator[None]:
@@ -211,6 +218,13 @@ def lost_ranks_noticed() -> Iterator[None]:
 
 
 def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
-    error = LlmtuneError.all(Problem(*problem) for problem in failure["problems"])
-    error.exit_code, error.is_reported = failure["exit_code"], True
+    kinds = {kind.kind: kind for kind in (LlmtuneError, *_kinds_of(LlmtuneError))}
+    error = kinds[failure["kind"]].all(Problem(*problem) for problem in failure["problems"])
+    error.is_reported = True
     return error
+
+
+def _kinds_of(kind: type[LlmtuneError]) -> Iterator[type[LlmtuneError]]:
+    for narrower in kind.__subclasses__():
+        yield narrower
+        yield from _kinds_of(narrower)

@@ -18,7 +18,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -36,12 +36,15 @@ ANSWER_S = 2.0
 """Seconds in which a process that runs answers, however busy it is."""
 ASK_EVERY_S = 0.5
 """Seconds between an answer and the next question to a process that is late."""
+LONGEST_REST_S = 5.0
+"""Seconds between two questions to any other, at most."""
 BUSY, WAITS, COMPUTES = "busy", "waits", "computes"
 """What a process answers that it does: work that may take long, waiting for others, or a step."""
 CONNECT_S = 10.0
 LONGEST_HELLO = 1000
 """Bytes of the first line of a process that connects."""
 SILENT = "stopped answering, and no connection broke: it is stopped, or its machine is"
+AT_REST = "answers, and does not go on; if its step takes so long, raise distributed.timeout_s"
 FIX = "see what the other process printed; `llmtune resume`, started in the same way, goes on"
 
 
@@ -69,7 +72,8 @@ class RankWatch:
         self._rank, self._links, self._prints = rank, dict(links), prints
         self._problem = ""
         self._is_lost, self._is_leaving = threading.Event(), threading.Event()
-        self._timeout_s, self._ask_before_s = timeout_s, min(2 * ANSWER_S, timeout_s / 2)
+        # Often enough that what counts as silence is silence, and not the time in which nobody asked.
+        self._timeout_s, self._ask_after_s = timeout_s, min(timeout_s / 4, LONGEST_REST_S)
         self._answers: dict[Peer, tuple[float, str]] = {}
         """When each process last answered, and what."""
         self._silent_s, self._stalled_s = (dict.fromkeys(self._links.values(), 0.0) for _ in range(2))
@@ -118,9 +122,10 @@ class RankWatch:
         finally:
             self._waits -= 1
 
-    def may_be_awaited(self, rank: int) -> bool:
-        """Whether the process `rank` at the other end answers now that it is busy, or waits for others itself."""
-        return any(peer.rank == rank and state != COMPUTES for peer, state in self._ask())
+    def may_come(self, rank: int, waited_s: float) -> bool:
+        """Whether what process `rank` sends may still come: nobody is lost, and one without a watch has time left."""
+        is_watched = any(peer.rank == rank for peer in self._links.values())
+        return not self._is_lost.is_set() and (is_watched or waited_s < self._timeout_s)
 
     def name_lost(self, error: RankLostError) -> None:
         """Name in `error` the process that is lost or silent, and leave the report to one of those that notice."""
@@ -128,14 +133,17 @@ class RankWatch:
             return  # nobody could be reached
         # The kernel closes the connections of a dead process in any order: this one may be a moment behind.
         if not self._is_lost.wait(1.0):
-            answering = {peer for peer, _ in self._ask()}
-            silent = [peer for peer in self._links.values() if peer not in answering]
+            with self.waiting():  # as the main process is told, which may ask for the one that is to blame
+                states = dict(self._ask())
+            silent = [peer for peer in self._links.values() if peer not in states]
+            at_rest = [peer for peer, state in states.items() if state != WAITS]
             if silent:
-                names = " and ".join(map(str, silent))
-                self._lose(f"{names} {SILENT}")
+                self._lose(f"{_joined(silent)} {SILENT}")
             elif self._rank != 0:
-                error.is_reported = True  # the main process sees the others, and names the one that is silent
+                error.is_reported = True  # the main process sees the others, and names the one that is to blame
                 return
+            elif at_rest:
+                self._lose(f"{_joined(at_rest)} {AT_REST}")
         if self._is_lost.is_set():
             (problem,) = error.problems
             error.problems = (Problem(self._problem, problem.where, problem.fix),)
@@ -190,20 +198,16 @@ class RankWatch:
                     return
 
     def _check_peers(self, passed_s: float, *, asks: bool) -> None:
-        """Lose a process that does not answer, or is waited for and does not go on, after the time-out.
+        """Lose a process that has not answered for the time-out; count how long each is waited for.
 
         `asks`: ask those that are late. Not at each answer: it wakes the selector, and both would do nothing else.
         """
-        is_waiting = self._waits > 0
         for link, peer in list(self._links.items()):
             self._silent_s[peer] += passed_s
-            self._stalled_s[peer] += passed_s if is_waiting else 0.0
+            self._stalled_s[peer] += passed_s if self._waits else 0.0
             if self._silent_s[peer] > self._timeout_s:
                 self._lose(f"{peer} {SILENT}")
-            # Not before it has said so in this silence: its first answer may be on the way.
-            elif self._stalled_s[peer] > self._timeout_s + ANSWER_S:
-                self._lose(f"{peer} answers, and does not go on")
-            elif asks and max(self._silent_s[peer], self._stalled_s[peer]) > self._timeout_s - self._ask_before_s:
+            elif asks and max(self._silent_s[peer], self._stalled_s[peer]) > self._ask_after_s:
                 _send(link, {"question": "state"})
 
     def _read(self, link: socket.socket) -> bool:
@@ -236,6 +240,8 @@ class RankWatch:
                 self._has_answer.notify_all()
             if message["answer"] != COMPUTES:
                 self._stalled_s[peer] = 0.0
+            elif self._stalled_s[peer] > self._timeout_s and self._waits:
+                self._lose(f"{peer} {AT_REST}")
         elif "lost" in message:
             self._lose(message["lost"], is_printed=message["printed"])
         elif message["left"] == "failed":
@@ -269,6 +275,10 @@ class RankWatch:
     def _close(self) -> None:
         for link in self._links:
             link.close()
+
+
+def _joined(peers: Sequence[Peer]) -> str:
+    return " and ".join(map(str, peers))
 
 
 def watch_ranks(

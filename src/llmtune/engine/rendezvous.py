@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from llmtune.common.environment import environment_error, launcher_number
 from llmtune.errors import MachineError, RankLostError
 
-__all__ = ["ALONE", "Neighbours", "arrive", "count_neighbours", "open_store", "refuse_shared_gpus"]
+__all__ = ["ALONE", "Neighbours", "allow_long_waits", "arrive", "count_neighbours", "open_store", "refuse_shared_gpus"]
 
 _kept: dict[str, Store] = {}
 """The store that this process keeps for the others, by its port. It lives as long as the process: another may come to
@@ -52,6 +53,16 @@ def open_store(rank: int, world_size: int, timeout: dt.timedelta, environ: Mappi
         store = _store_of_main(store, rank, address, timeout)
     store.set_timeout(timeout)
     return store
+
+
+LONGEST_WAITS = 10
+"""Time-outs after which a collective operation ends even where every process answers: they wait for each other, or one
+is in code of the user's that never ends."""
+
+
+def allow_long_waits(group: dist.ProcessGroup | None, timeout: dt.timedelta) -> None:
+    """Let the group's operations take longer than the `timeout` in which its processes had to reach each other."""
+    distributed_c10d._set_pg_timeout(LONGEST_WAITS * timeout, group)  # torch has no other way
 
 
 def _of_this_meeting(store: Store, rank: int, environ: Mapping[str, str]) -> Store:
@@ -115,18 +126,15 @@ ALONE = Neighbours()
 """Of a single process."""
 
 
-def arrive(store: Store, rank: int, world_size: int, device: torch.device) -> list[Place]:
-    """Say where this process computes, and give the places of all, by rank, when all have come.
-
-    They have the time-out of the store for it.
-    """
+def arrive(store: Store, rank: int, world_size: int, device: torch.device, timeout: dt.timedelta) -> list[Place]:
+    """Say where this process computes, and give the places of all, by rank, when all have come, within `timeout`."""
     # A scheduler may have bound each process to cores of its own.
     cores = str(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else "all"
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     store.set(f"here/{rank}", json.dumps(Place(socket.gethostname(), cores, gpu)))
     # Here and not in the process group: nccl would wait for nobody, and gloo for as long as a sum may take.
     keys = [f"here/{other}" for other in range(world_size)]
-    store.wait(keys)
+    store.wait(keys, timeout)
     return [Place(*json.loads(store.get(key))) for key in keys]
 
 

@@ -285,7 +285,7 @@ class Evaluator:
         Raises UsageError, in all processes, where it fails. The others get NaN.
         """
         value, error, devices = math.nan, None, self._setup.devices
-        if devices.is_main:
+        if devices.rank == 0:  # after the end of a run each process is alone
             try:
                 value = mean_score(predictions, score)
             except UsageError as caught:

@@ -349,9 +349,9 @@ class TrainingRun:
             raise
 
     def _save_before_leaving(self, outcome: RunState) -> None:
-        self.outcome = outcome
         if self.state.windows:
             self.save()
+        self.outcome = outcome
 
     def _with_last_checkpoint(self, error: DivergedError) -> DivergedError:
         """The same error with the last good checkpoint in it."""
