@@ -36,12 +36,12 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=int, default=120, help="after which a silent worker counts as lost")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="the config")
     options = parser.parse_args()
-    # The process group is Ray's, which lets its operations wait for half an hour, whatever llmtune's own time-out is.
+    # The process group is Ray's. Its operations may wait for a slow worker as long as in a group of llmtune's own.
     words = ["--name", options.name, f"distributed.timeout_s={options.timeout_s}", *options.words]
     TorchTrainer(
         train,
         train_loop_config={"words": words},
-        torch_config=TorchConfig(timeout_s=options.timeout_s),
+        torch_config=TorchConfig(timeout_s=10 * options.timeout_s),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=not options.cpu),
         run_config=RunConfig(storage_path=str(options.storage), failure_config=FailureConfig(max_failures=3)),
     ).fit()

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from llmtune import Stop, Trainer
-from llmtune.errors import LlmtuneError, UsageError
+from llmtune.errors import ConfigError, UsageError
 from rank_helpers import in_two_ranks
 
 
@@ -93,7 +93,7 @@ def test_processes_that_hold_parts_of_the_weights_are_asked_together_and_refuse_
             assert answer.num_tokens
             assert trainer.evaluate()["eval_mean_nll"] > 0
             if step.step == 1:
-                with pytest.raises(LlmtuneError, match=r"what is asked is .* there and .* here"):
+                with pytest.raises(ConfigError, match=r"what is asked is .* there and .* here"):
                     trainer.generate("the user asks" if is_first() else "something else", max_new_tokens=4)
         with pytest.raises(UsageError, match="parted at its end"):
             trainer.evaluate()

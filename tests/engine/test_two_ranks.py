@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llmtune.engine.choose_device import choose_device, peak_memory_bytes
 from llmtune.engine.devices import Devices
 from llmtune.engine.state import capture, restore
-from llmtune.errors import LlmtuneError, MachineError, Problem
+from llmtune.errors import MachineError, Problem
 from rank_helpers import in_two_ranks
 from training_helpers import in_child
 
@@ -77,7 +77,7 @@ def decisions_are_the_main_process_s(devices):
     def refuse():
         raise MachineError.all([Problem("the disk is full", "/there", "make room"), Problem("and slow")])
 
-    with pytest.raises(LlmtuneError) as refused:
+    with pytest.raises(MachineError) as refused:
         devices.on_main(refuse)
     assert refused.value.exit_code == 6
     assert [problem.problem for problem in refused.value.problems] == ["the disk is full", "and slow"]

@@ -201,7 +201,7 @@ def test_the_ray_script_gives_its_process_group_the_time_out_of_the_run_and_pass
     given = ["--workers", "2", "--name", "a run", "--timeout-s", "60", "run.seed=1", "--", "--config", "/c.yaml"]
     monkeypatch.setattr(sys, "argv", ["ray_train.py", *given])
     runpy.run_path(str(FOLDER / "ray_train.py"), run_name="__main__")
-    assert asked["torch_config"] == {"timeout_s": 60}
+    assert asked["torch_config"] == {"timeout_s": 10 * 60}
     words = asked["train_loop_config"]["words"]
     assert words == ["--name", "a run", "distributed.timeout_s=60", "run.seed=1", "--config", "/c.yaml"]
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from llmtune.cli.main import run as command
+from llmtune.engine import rank_messages
 from llmtune.engine.devices import Devices
 from llmtune.training import train
 from rank_helpers import (
@@ -120,7 +121,7 @@ def test_p8_a_signal_ends_a_process_that_waits_for_the_others(words):
     assert said[0].count("stopped by SIGTERM: there was nothing to save") == 1, said
 
 
-def in_two_that_prepare(words, name, late, pause):
+def in_two_that_prepare(words, name, late, pause, *more):
     """Train in two processes, of which one calls `pause` before it reads its rows: exit codes and what each printed."""
     prepare = train.prepare
 
@@ -131,7 +132,8 @@ def in_two_that_prepare(words, name, late, pause):
 
     def in_one():
         train.prepare = prepare_late
-        return command(["train", *words[1], f"run.name={name}", "distributed.timeout_s=3", "training.max_steps=2"])
+        rank_messages.LONGEST_SILENT_WAIT_S = 1
+        return command(["train", *words[1], f"run.name={name}", "training.max_steps=2", *more])
 
     return [Forked(in_one, environ=environment(**place)) for place in places()]
 
@@ -139,15 +141,35 @@ def in_two_that_prepare(words, name, late, pause):
 @pytest.mark.parametrize("late", [0, 1])
 def test_p12_a_process_that_starts_later_than_the_time_out_is_waited_for(words, late):
     """Each machine reads and tokenizes its rows in its own time."""
-    codes, said = end_of(in_two_that_prepare(words, f"late-{late}", late, partial(time.sleep, 7.0)))
+    codes, said = end_of(
+        in_two_that_prepare(words, f"late-{late}", late, partial(time.sleep, 5.0), "distributed.timeout_s=2")
+    )
     assert codes == [0, 0], said
     assert said[0].count("waiting for process 1, which is still at work") == late
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_p12_a_process_that_dies_while_it_starts_is_noticed_within_ten_seconds(words, gone):
+    """The other one waits for its facts, or for its verdict, in a store that says nothing of the dead."""
+
+    def die():
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    both = in_two_that_prepare(words, f"dies-{gone}", gone, die, "distributed.timeout_s=60")
+    codes, said = end_of(both)
+    assert (codes[gone], codes[1 - gone]) == (-signal.SIGKILL, 8), said
+    assert time.monotonic() - began < 15
+    assert f"process {gone} ({socket.gethostname()}) died: its connection was closed" in said[1 - gone]
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("late", [0, 1])
 def test_p12_a_process_that_is_stopped_while_it_starts_is_lost(words, late):
-    both = in_two_that_prepare(words, f"stopped-{late}", late, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    both = in_two_that_prepare(
+        words, f"stopped-{late}", late, lambda: os.kill(os.getpid(), signal.SIGSTOP), "distributed.timeout_s=3"
+    )
     began = time.monotonic()
     said = both[1 - late].communicate(60)[0]
     both[late].kill()

@@ -1,6 +1,8 @@
 """Code of the user's own in several processes: one that fails ends all alike and saved, a slow one is waited for."""
 
 import json
+import socket
+import time
 
 import pytest
 
@@ -88,6 +90,21 @@ def test_a_reward_that_is_slow_in_one_process_is_waited_for(prompting, late):
     both = TwoRanks("train", *words, f"run.name=slow-{late}", "--reward", f"{code_file(folder, late)}:slow_on_one")
     codes, said = both.end()
     assert codes == [0, 0], said
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_reward_that_never_ends_in_one_process_is_named_after_ten_time_outs(prompting, late):
+    folder, words = prompting
+    code = code_file(folder, late)
+    code.write_text(code.read_text().replace("time.sleep(6)", "time.sleep(1000)"))
+    both = ("train", *words, f"run.name=endless-{late}", "distributed.timeout_s=2", "--reward", f"{code}:slow_on_one")
+    began = time.monotonic()
+    codes, said = TwoRanks(*both).end()
+    assert codes == [8, 8], said
+    assert 20 < time.monotonic() - began < 60, "".join(said)[-700:]
+    assert f"process {late} ({socket.gethostname()}) answers, and does not go on" in "".join(said)
+    assert "".join(said).count("error: ") == 1, said
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ class Trainer:
         temperature: 0 takes the most probable token each time.
         sampling: `top_k`, `top_p`, `repetition_penalty` and `stop`, as fields of `evaluation.sampling.Sampling`.
         Processes that hold parts of the weights must all ask the same. Raises DataError for a prompt that leaves no
-        room in the model's longest sequence, LlmtuneError where they ask differently, UsageError after their end.
+        room in the model's longest sequence, ConfigError where they ask differently, UsageError after their end.
         """
         session, how = self.session, Sampling(temperature=temperature, seed=seed, **sampling)
         strategy = session.setup.strategy

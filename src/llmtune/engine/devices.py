@@ -106,8 +106,8 @@ class Devices:
             with messages.errors_printed_once():
                 refuse_shared_gpus(places, rank)
                 if owns_group:
-                    ours = {"store": PrefixStore("group", store), "rank": rank, "world_size": world_size}
-                    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **ours)
+                    backend, group = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", store)
+                    dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=timeout)
                     # Left standing, it would be taken for that of the program by the next training.
                     on_failure.callback(dist.destroy_process_group)
                     allow_long_waits(dist.group.WORLD, timeout)

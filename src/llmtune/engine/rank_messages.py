@@ -62,7 +62,7 @@ class RankMessages:
                 result = work()
             except LlmtuneError as error:
                 error.is_reported = False  # here, and in no other process: all end with it
-                self._send({"kind": error.kind, "problems": error.problems})
+                self._send({"kind": error.kind, "exit_code": error.exit_code, "problems": error.problems})
                 raise
             self._send(None)
         return result
@@ -218,13 +218,11 @@ def lost_ranks_noticed() -> Iterator[None]:
 
 
 def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
-    kinds = {kind.kind: kind for kind in (LlmtuneError, *_kinds_of(LlmtuneError))}
-    error = kinds[failure["kind"]].all(Problem(*problem) for problem in failure["problems"])
-    error.is_reported = True
+    kinds: list[type[LlmtuneError]] = [LlmtuneError]
+    for kind in kinds:  # which grows
+        kinds += kind.__subclasses__()
+    # One that is made in another way (StoppedBySignal) stays a general one, with its exit code.
+    alike = (kind for kind in kinds if kind.kind == failure["kind"] and kind.__init__ is LlmtuneError.__init__)
+    error = next(alike, LlmtuneError).all(Problem(*problem) for problem in failure["problems"])
+    error.exit_code, error.is_reported = failure["exit_code"], True
     return error
-
-
-def _kinds_of(kind: type[LlmtuneError]) -> Iterator[type[LlmtuneError]]:
-    for narrower in kind.__subclasses__():
-        yield narrower
-        yield from _kinds_of(narrower)

@@ -131,19 +131,18 @@ class RankWatch:
         """Name in `error` the process that is lost or silent, and leave the report to one of those that notice."""
         if not self._links and not self._is_lost.is_set():
             return  # nobody could be reached
-        # The kernel closes the connections of a dead process in any order: this one may be a moment behind.
-        if not self._is_lost.wait(1.0):
-            with self.waiting():  # as the main process is told, which may ask for the one that is to blame
-                states = dict(self._ask())
+        with self.waiting():  # as the others are told, who may ask for the one that is to blame
+            # The kernel closes the connections of a dead process in any order: this one may be a moment behind.
+            is_lost = self._is_lost.wait(1.0)
+            states = {} if is_lost else dict(self._ask())
+        if not is_lost:
             silent = [peer for peer in self._links.values() if peer not in states]
             at_rest = [peer for peer, state in states.items() if state != WAITS]
-            if silent:
-                self._lose(f"{_joined(silent)} {SILENT}")
+            if silent or at_rest:
+                self._lose(f"{_joined(silent)} {SILENT}" if silent else f"{_joined(at_rest)} {AT_REST}")
             elif self._rank != 0:
                 error.is_reported = True  # the main process sees the others, and names the one that is to blame
                 return
-            elif at_rest:
-                self._lose(f"{_joined(at_rest)} {AT_REST}")
         if self._is_lost.is_set():
             (problem,) = error.problems
             error.problems = (Problem(self._problem, problem.where, problem.fix),)

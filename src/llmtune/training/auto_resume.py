@@ -60,14 +60,16 @@ def find_own_run(resolved: ResolvedConfig, options: Options) -> OwnRun:
     check_name(resolved)
     joined = meet_processes(resolved.config, options)
     devices = joined[0]
-    with devices.errors_printed_once():
-        found = devices.from_main(devices.on_main(lambda: _find(resolved, options)))
-        assert found is not None
-        if found["path"] is None:
-            return OwnRun(joined, None, "", 0, resolved)
-        path = Path(found["path"])
-        own = _own_config(path, devices)
-    return OwnRun(joined, path, found["state"], found["step"], own)
+    try:
+        with devices.errors_printed_once():
+            found = devices.from_main(devices.on_main(lambda: _find(resolved, options)))
+            assert found is not None
+            path = None if found["path"] is None else Path(found["path"])
+            own = resolved if path is None else _own_config(path, devices)
+    except BaseException:
+        devices.close()  # the next run of a sweep meets anew
+        raise
+    return OwnRun(joined, path, found.get("state", ""), found.get("step", 0), own)
 
 
 def _find(resolved: ResolvedConfig, options: Options) -> dict[str, Any]:
