@@ -142,7 +142,7 @@ def in_two_that_prepare(words, name, late, pause, *more):
 def test_p12_a_process_that_starts_later_than_the_time_out_is_waited_for(words, late):
     """Each machine reads and tokenizes its rows in its own time."""
     codes, said = end_of(
-        in_two_that_prepare(words, f"late-{late}", late, partial(time.sleep, 5.0), "distributed.timeout_s=2")
+        in_two_that_prepare(words, f"late-{late}", late, partial(time.sleep, 6.0), "distributed.timeout_s=3")
     )
     assert codes == [0, 0], said
     assert said[0].count("waiting for process 1, which is still at work") == late

@@ -58,7 +58,7 @@ def prompting(tiny_model_folder, tmp_path_factory):
     rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     path = folder / "config.yaml"
     settings = ("objective.method=grpo", "objective.num_generations=2", "objective.max_new_tokens=4")
-    settings += ("data.test_size=0", "training.max_steps=4", "checkpoint.every_steps=100", "distributed.timeout_s=2")
+    settings += ("data.test_size=0", "training.max_steps=4", "checkpoint.every_steps=100", "distributed.timeout_s=3")
     path.write_text(config_to_yaml(comparing_run(tiny_model_folder, rows, folder, *settings).config))
     return folder, ["--config", str(path)]
 

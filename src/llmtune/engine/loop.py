@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -29,6 +29,7 @@ __all__ = [
     "StepResult",
     "UpdateCheck",
     "describe_rows",
+    "gather_values",
     "half_updated",
     "non_finite_parameters",
     "rows_of_non_finite_losses",
@@ -266,15 +267,20 @@ def _blame(
     losses, rows: of this process, as `rows_of_non_finite_losses` takes them; each process must call it.
     """
     # The main process alone writes, and the rows may be another's.
-    text = json.dumps(rows_of_non_finite_losses(losses, rows)).encode()
-    (longest,) = devices.largest(float(len(text)))
-    # Padded with spaces, which JSON ignores: processes gather tensors of one shape.
-    padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
-    of_each = [json.loads(bytes(row.tolist())) for row in devices.gather_rows(padded)]
+    of_each = gather_values(rows_of_non_finite_losses(losses, rows), devices)
     ranks = [str(rank) for rank, own in enumerate(of_each) if own]
     # A device that is broken is the only one with such losses, whatever its rows.
     where = f" (process{'es' * (len(ranks) > 1)} {', '.join(ranks)})" if ranks and devices.world_size > 1 else ""
     return tuple(dict.fromkeys(itertools.chain(*of_each))) or window.sources, reason + where
+
+
+def gather_values(value: object, devices: Devices) -> list[Any]:
+    """Give the `value`, plain JSON, of every process, by rank; each process must call it."""
+    text = json.dumps(value).encode()
+    (longest,) = devices.largest(float(len(text)))
+    # Padded with spaces, which JSON ignores: processes gather tensors of one shape.
+    padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist())) for row in devices.gather_rows(padded)]
 
 
 def describe_rows(rows: Sequence[str]) -> str:

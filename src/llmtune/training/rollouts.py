@@ -9,7 +9,6 @@ Shapes: G answers to a prompt; answer g of prompt p has number p G + g (see `Pla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from llmtune.data.example import Example, ExampleSet
 from llmtune.data.rows.preferences import right_answer
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
+from llmtune.engine.loop import gather_values
 from llmtune.engine.policy_gradient import DrawnAnswer, count_answers, group_advantages
 from llmtune.engine.precision import Precision
 from llmtune.errors import UsageError
@@ -253,13 +253,9 @@ class Rollouts:
         own = {
             step: {number: asdict(answer) for number, answer in group.items()} for step, group in self._drawn.items()
         }
-        text = json.dumps(own).encode()
-        (longest,) = self._devices.largest(float(len(text)))
-        # Padded with spaces, which JSON ignores: processes gather tensors of one shape.
-        row = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
         joined: dict[str, Any] = {}
-        for part in self._devices.gather_rows(row):
-            for step, group in json.loads(bytes(part.tolist())).items():
+        for part in gather_values(own, self._devices):
+            for step, group in part.items():
                 joined.setdefault(step, {}).update(group)
         return joined
 
