@@ -28,7 +28,7 @@ from llmtune.errors import Problem, RankLostError
 
 __all__ = ["RankWatch", "watch_ranks"]
 
-DEAD_AFTER_S = 8
+DEAD_AFTER_S = 7
 """Seconds without an acknowledgement after which a machine is lost."""
 LEAVE_S = 2.0
 """Seconds in which the main thread may end by itself after another process was lost."""
@@ -36,8 +36,9 @@ ANSWER_S = 2.0
 """Seconds in which a process that runs answers, however busy it is."""
 ASK_EVERY_S = 0.5
 """Seconds between an answer and the next question to a process that is late."""
-LONGEST_REST_S = 5.0
-"""Seconds between two questions to any other, at most."""
+LONGEST_REST_S = 1.0
+"""Seconds of silence after which any other process is asked. For a question that is on its way the kernel counts
+`DEAD_AFTER_S` from when it was sent, so both together stay below ten."""
 BUSY, WAITS, COMPUTES = "busy", "waits", "computes"
 """What a process answers that it does: work that may take long, waiting for others, or a step."""
 CONNECT_S = 10.0
