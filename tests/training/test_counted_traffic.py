@@ -30,6 +30,14 @@ STRATEGIES = {
     **{f"zero-{stage}": (ZERO, f"distributed.zero_stage={stage}") for stage in (1, 2, 3)},
 }
 FEW, MANY = 4, 12
+
+
+@pytest.fixture(autouse=True)
+def _asked_seldom(monkeypatch):
+    """Not every second: the two runs that are compared start within different times."""
+    monkeypatch.setattr("llmtune.engine.rank_watch.LONGEST_REST_S", 1000.0)
+
+
 """Steps of two runs; what both do once (start, evaluation, saving) is not in the difference."""
 
 BLOCKS, WIDTH, HEADS, KEY_HEADS = 4, 128, 4, 2
