@@ -1,12 +1,17 @@
 """A program with a trainer of its own, started in two processes."""
 
 import os
+import signal
+import threading
+import time
 
 import pytest
 
 from llmtune import Stop, Trainer
-from llmtune.errors import ConfigError, UsageError
+from llmtune.errors import ConfigError, StoppedBySignal, UsageError
 from rank_helpers import in_two_ranks
+
+SHORT_ANSWERS = ("evaluation.max_new_tokens=4",)
 
 
 def quiet(line):
@@ -42,6 +47,28 @@ def test_callbacks_and_metrics_of_one_process_do_not_part_them(config_of, tmp_pa
     assert [path.name for path in tmp_path.glob("seen-*")] == [f"seen-{0 if where == 'the first' else 1}"]
 
 
+def test_a_signal_while_one_process_waits_for_the_other_between_two_steps_stops_both_saved(config_of):
+    """It waits to hear whether the other one goes on."""
+    config = config_of("training.max_steps=6", "checkpoint.every_steps=100", "distributed.timeout_s=20")
+
+    def program():
+        def pause(step):
+            if step.step == 2 and not is_first():
+                time.sleep(2)
+            elif step.step == 2:
+                threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+        trainer = Trainer(config, print_line=quiet)
+        with pytest.raises(StoppedBySignal):
+            any(pause(step) for step in trainer.steps())
+        result = trainer.result()
+        assert (result.state, result.step) == ("stopped", 3)
+        if is_first():
+            assert [path.name for path in (result.folder / "checkpoints").iterdir()] == ["step-000003"]
+
+    both_end(program)
+
+
 @pytest.mark.parametrize("how", ["break", "an error"])
 def test_where_one_process_leaves_the_loop_all_stop_at_that_step_saved(config_of, how):
     """An exception in the loop of one process leaves it too."""
@@ -68,12 +95,13 @@ def test_where_one_process_leaves_the_loop_all_stop_at_that_step_saved(config_of
 
 
 def test_the_model_is_evaluated_and_asked_after_the_end_by_one_process_or_all(config_of):
-    config = config_of("training.max_steps=2", "distributed.timeout_s=10")
+    config = config_of("training.max_steps=2", "distributed.timeout_s=10", "evaluation.score=f1", *SHORT_ANSWERS)
 
     def program():
         trainer = Trainer(config, print_line=quiet)
         result = trainer.train()
         again = trainer.evaluate()
+        assert again["eval_score"] == pytest.approx(result.metrics["eval_score"])
         assert again["eval_mean_nll"] == pytest.approx(result.metrics["eval_mean_nll"], rel=1e-6)
         assert again["eval_num_loss_tokens"] == result.metrics["eval_num_loss_tokens"]
         if not is_first():

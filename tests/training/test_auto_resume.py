@@ -7,9 +7,19 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from llmtune.cli.main import run as command
-from rank_helpers import LAUNCHER, LONGEST_S, TwoRanks, environment, launched, processes_of, wait_for_lines
+from rank_helpers import (
+    LAUNCHER,
+    LONGEST_S,
+    TwoRanks,
+    environment,
+    in_two_ranks,
+    launched,
+    processes_of,
+    wait_for_lines,
+)
 from training_helpers import lines_of, small_run, weights_of
 
 OWN = [sys.executable, "-m", "llmtune"]
@@ -60,6 +70,19 @@ def test_another_command_in_its_place_is_refused_with_each_key(words, whole, cap
     assert "training.learning_rate was None, is now 0.5" in said
     assert "run.seed was 42, is now 7" in said
     assert folders(folder, "whole") == ["whole"]
+
+
+def test_two_processes_whose_command_is_refused_part(words, whole):
+    """The next run of a sweep meets anew; it would take a group that is left for that of the program around it."""
+    given = ["train", "--resume", "auto", *words[1], "run.name=whole", "run.seed=7", "distributed.timeout_s=20"]
+
+    def start():
+        assert command(given) == 2
+        assert not dist.is_initialized()
+
+    codes, said = in_two_ranks(start)
+    assert codes == [0, 0], said
+    assert "".join(said).count("error: ") == 1, said
 
 
 def test_a_run_that_diverged_is_not_tried_again(words, whole, capsys):

@@ -12,8 +12,9 @@ from functools import partial
 import psutil
 import pytest
 
+from llmtune import durable
 from llmtune.cli.main import run as command
-from llmtune.engine import rank_messages
+from llmtune.engine import rank_messages, rank_watch
 from llmtune.engine.devices import Devices
 from llmtune.training import train
 from rank_helpers import (
@@ -177,6 +178,31 @@ def test_p12_a_process_that_is_stopped_while_it_starts_is_lost(words, late):
     assert both[1 - late].returncode == 8, said
     assert time.monotonic() - began < 20
     assert f"process {late} ({socket.gethostname()}) stopped answering" in said
+
+
+def test_p12_a_save_is_written_to_its_end_when_another_process_dies(words):
+    """What it writes is what the run goes on from; it takes longer than a process has to leave by itself."""
+    write, folder = durable.write_tensors, words[0] / "outlived"
+
+    def write_slowly(*given, **named):
+        if given[0].name == "optimizer.safetensors":  # of a checkpoint
+            (folder / "saving").touch()
+            time.sleep(rank_watch.LEAVE_S + 2)
+        return write(*given, **named)
+
+    def in_one():
+        durable.write_tensors = write_slowly
+        return command(["train", *words[1], "run.name=outlived", LONG, "checkpoint.every_steps=2"])
+
+    both = [Forked(in_one, environ=environment(**place)) for place in places()]
+    deadline = time.monotonic() + 60
+    while not (folder / "saving").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    both[1].kill()
+    codes, said = end_of(both)
+    assert codes == [8, -signal.SIGKILL], said
+    assert (folder / "checkpoints" / "step-000002").is_dir(), said
+    assert command(["verify", "checkpoint", str(folder)]) == 0
 
 
 @pytest.mark.campaign

@@ -412,7 +412,7 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
         yield store, 0, 2
 
     monkeypatch.setattr("llmtune.engine.rendezvous.rendezvous", meet)
-    monkeypatch.setattr("llmtune.engine.devices.allow_long_waits", lambda _, timeout: waits.append(timeout))
+    monkeypatch.setattr("llmtune.engine.rendezvous.allow_long_waits", lambda _, timeout: waits.append(timeout))
     monkeypatch.setattr("llmtune.engine.rank_watch.CONNECT_S", 0.05)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -129,6 +129,16 @@ def test_the_main_process_alone_judges_and_decides_what_is_best(judging):
     assert manifest["step"] == max(trained, key=trained.get)
 
 
+@pytest.mark.campaign
+def test_a_judge_that_is_slow_is_waited_for(judging):
+    folder, words = judging
+    code = code_file(folder)
+    code.write_text(code.read_text().replace("return random.random()", "time.sleep(4); return random.random()"))
+    more = ("run.name=slow", "training.max_steps=2", "distributed.timeout_s=3", "--score", f"{code}:judge")
+    codes, said = TwoRanks("train", *words, *more).end()
+    assert codes == [0, 0], said
+
+
 def test_a_judge_that_fails_ends_both_saved(judging):
     folder, words = judging
     code = code_file(folder)

@@ -173,8 +173,8 @@ class Trainer:
         with self._handling_signals():
             session = self.session
             if self._ended:
-                shares_rows = session.config.distributed.sequence_parallel > 1
-                self._refuse_parted("evaluate", needs_others=shares_rows or session.setup.strategy.is_sharded)
+                if session.config.distributed.sequence_parallel > 1 or session.setup.strategy.is_sharded:
+                    raise _parted("evaluate")
                 return session.evaluator.evaluate(session.state.step, session.state.epoch, full=False)[1]
             metrics = session.evaluate()
         self._note_heldout()
@@ -194,7 +194,8 @@ class Trainer:
         session, how = self.session, Sampling(temperature=temperature, seed=seed, **sampling)
         strategy = session.setup.strategy
         if strategy.is_sharded:
-            self._refuse_parted("generate", needs_others=True)
+            if self._ended:
+                raise _parted("generate")
             asked = {"what is asked": repr((prompts, max_new_tokens, how))}
             session.setup.devices.check_alike(asked, fix="ask the same in every process: all compute each answer")
         with session.setup.precision.autocast():
@@ -308,13 +309,6 @@ class Trainer:
         self.session.print_line(f"stopped: {reason}; `llmtune resume` goes on")
         return True
 
-    def _refuse_parted(self, method: str, *, needs_others: bool) -> None:
-        """Raise UsageError where the run has ended, for what its processes can only compute together."""
-        if self._ended and needs_others:
-            problem = "the processes of this run parted at its end, and none of them can compute alone"
-            fix = f"call it in the loop over `steps`, or `llmtune {method} RUN` afterwards"
-            raise UsageError(problem, f"Trainer.{method}", fix)
-
     def _end(self) -> None:
         self._note_heldout()
         self.session.evaluator.stop_recording()
@@ -398,3 +392,9 @@ def train_single_model(
     config = load_config(config_type, overrides={key: value for key, value in values.items() if value is not None})
     trainer = Trainer(config, **keywords)
     return trainer, trainer.train().metrics
+
+
+def _parted(method: str) -> UsageError:
+    """The error of a method after the end of a run, whose processes can only compute it together."""
+    fix = f"call it in the loop over `steps`, or `llmtune {method} RUN` afterwards"
+    return UsageError("the processes of this run parted at its end: none can compute alone", f"Trainer.{method}", fix)

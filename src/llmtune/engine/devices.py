@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from llmtune.common.decisions import Decision
-from llmtune.common.environment import available_cores, launched_process
+from llmtune.common.environment import launched_process
 from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
@@ -31,6 +31,8 @@ from llmtune.engine.rendezvous import (
     allow_long_waits,
     arrive,
     count_neighbours,
+    divide_cores,
+    make_group,
     open_store,
     refuse_shared_gpus,
 )
@@ -63,7 +65,9 @@ class Devices:
         neighbours: Neighbours = ALONE,
     ) -> None:
         """`owns_group`: the process group was made here, and ends with `close`. `unwatched`: see `watch_ranks`."""
-        self.device, self.neighbours, self._owns_group = device, neighbours, owns_group
+        self.device, self._owns_group = device, owns_group
+        self.neighbours = neighbours
+        """Processes that share this one's machine and cores."""
         self.rank = rank
         self.is_main = rank == 0
         """Whether this is the process that writes files and prints."""
@@ -100,17 +104,17 @@ class Devices:
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
             store = open_store(rank, world_size, timeout, environ)
             places = arrive(store, rank, world_size, device, timeout)
-            told = PrefixStore("messages", store)
-            watch, unwatched = watch_ranks(told, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
-            messages = RankMessages(rank, world_size, told, watch)
+            messages_store = PrefixStore("messages", store)
+            watch, unwatched = watch_ranks(
+                messages_store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s
+            )
+            messages = RankMessages(rank, world_size, messages_store, watch)
             with messages.errors_printed_once():
                 refuse_shared_gpus(places, rank)
                 if owns_group:
-                    backend, group = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", store)
-                    dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=timeout)
+                    make_group(PrefixStore("group", store), rank, world_size, device, timeout)
                     # Left standing, it would be taken for that of the program by the next training.
                     on_failure.callback(dist.destroy_process_group)
-                    allow_long_waits(dist.group.WORLD, timeout)
             on_failure.pop_all()
         neighbours = count_neighbours(places, rank)
         return cls(
@@ -375,7 +379,7 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
     devices.share_rows(distributed.sequence_parallel, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
-    decisions = [decision, *_divide_cores(devices.neighbours.cores), *devices.watch_decision()]
+    decisions = [decision, *divide_cores(devices.neighbours.cores), *devices.watch_decision()]
     if devices.world_size == 1 and distributed.strategy in ("fsdp", "deepspeed"):
         reason = "1 process: no launcher started more, and it holds the whole model"
         decisions.append(Decision("distributed.strategy", "one process", reason))
@@ -384,17 +388,3 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
         reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"
         decisions.append(Decision("distributed.strategy", "ddp", reason))
     return devices, decisions
-
-
-def _divide_cores(processes: int) -> list[Decision]:
-    """Compute with a share of the cores that so many processes run on, unless OMP_NUM_THREADS says with how many.
-
-    `torchrun` and `--devices` set that; other launchers do not, and the threads of each process would fill all cores.
-    """
-    cores = available_cores()
-    threads = max(1, cores // processes)
-    if processes == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= threads:
-        return []
-    torch.set_num_threads(threads)
-    reason = f"{processes} processes run on the same {cores} cores, and OMP_NUM_THREADS is not set"
-    return [Decision("process.num_threads", str(threads), reason)]

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +36,7 @@ LONGEST_LEAVING_S = 10
 class RankMessages:
     """What the main process tells the others: each method must be called by all of them, in the same order.
 
-    Raises RankLostError where another process has died or is silent for longer than the store's time-out.
+    Raises RankLostError where another process is lost (see RankWatch).
     """
 
     def __init__(self, rank: int, world_size: int, store: Store, watch: RankWatch) -> None:
@@ -49,15 +49,12 @@ class RankMessages:
 
         Raises the LlmtuneError of `work`, on every process.
         """
-        return self._on_main(work, self.watch.working())
-
-    def _on_main(self, work: Callable[[], T], while_working: AbstractContextManager[None]) -> T | None:
         if self._rank != 0:
             failure = self._receive()
             if failure is not None:
                 raise _error_of_main(failure)
             return None
-        with while_working:  # until it is sent
+        with self.watch.working():  # until it is sent
             try:
                 result = work()
             except LlmtuneError as error:
@@ -75,7 +72,8 @@ class RankMessages:
 
         def ask(number: int) -> None:
             self._send(number)
-            share(number)
+            with self.watch.waiting():
+                share(number)
 
         def work_to_the_end() -> T:
             try:
@@ -86,8 +84,7 @@ class RankMessages:
         if self._rank != 0:
             while (number := self._receive()) is not None:
                 share(number)
-        # Not `working`: where another process is lost, this one could not end the work.
-        return self._on_main(work_to_the_end, self.watch.busy())
+        return self.on_main(work_to_the_end)
 
     def from_main(self, value: T) -> T:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""

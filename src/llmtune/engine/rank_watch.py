@@ -80,10 +80,10 @@ class RankWatch:
         self._silent_s, self._stalled_s = (dict.fromkeys(self._links.values(), 0.0) for _ in range(2))
         """Seconds since a process was last heard of, and those of this wait since it last waited or was busy."""
         self._has_answer = threading.Condition()
-        # Reentrant: a save inside a longer piece of work takes it again.
-        self._at_work = threading.RLock()
-        # From the start on: rows and weights come in their own time to each machine.
-        self._busy, self._is_starting, self._waits = 0, True, 0
+        # Busy from the start on: rows and weights come in their own time to each machine.
+        self._is_starting = True
+        self._busy = self._working = self._waits = 0
+        """Bodies of `busy`, `working` and `waiting` that the main thread is in: they may stand in each other."""
         self._received = dict.fromkeys(self._links, b"")
         if self._links:
             # A data worker that was forked would keep the connections of a dead process open.
@@ -101,9 +101,13 @@ class RankWatch:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Let others wait for this process as long as the body takes, and do not end it in the body."""
-        with self._at_work, self.busy():
-            yield
+        """Let others wait for this process as long as the body takes, and end it there only where it waits itself."""
+        self._working += 1
+        try:
+            with self.busy():
+                yield
+        finally:
+            self._working -= 1
 
     def end_start(self) -> None:
         """From here on this process is busy only in the body of `busy` or `working`; it was starting before."""
@@ -259,9 +263,9 @@ class RankWatch:
 
     def _leave_or_exit(self) -> None:
         """End this process, unless its main thread does so by itself; never in the middle of a save."""
-        # Until a save has ended: what it was writing is what the run goes on from.
-        with self._at_work:
-            pass
+        # A save is what the run goes on from: it is ended only where it waits for a process that will not come.
+        while self._working and not self._waits:
+            time.sleep(0.05)
         if self._is_leaving.wait(LEAVE_S):
             return
         if self._prints:

@@ -16,10 +16,21 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from llmtune.common.environment import environment_error, launcher_number
+from llmtune.common.decisions import Decision
+from llmtune.common.environment import available_cores, environment_error, launcher_number
 from llmtune.errors import MachineError, RankLostError
 
-__all__ = ["ALONE", "Neighbours", "allow_long_waits", "arrive", "count_neighbours", "open_store", "refuse_shared_gpus"]
+__all__ = [
+    "ALONE",
+    "Neighbours",
+    "allow_long_waits",
+    "arrive",
+    "count_neighbours",
+    "divide_cores",
+    "make_group",
+    "open_store",
+    "refuse_shared_gpus",
+]
 
 _kept: dict[str, Store] = {}
 """The store that this process keeps for the others, by its port. It lives as long as the process: another may come to
@@ -58,6 +69,13 @@ def open_store(rank: int, world_size: int, timeout: dt.timedelta, environ: Mappi
 LONGEST_WAITS = 10
 """Time-outs after which a collective operation ends even where every process answers: they wait for each other, or one
 is in code of the user's that never ends."""
+
+
+def make_group(store: Store, rank: int, world_size: int, device: torch.device, timeout: dt.timedelta) -> None:
+    """Make torch's process group: nccl on GPUs, gloo on CPUs. `timeout`: for its processes to reach each other."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    allow_long_waits(dist.group.WORLD, timeout)
 
 
 def allow_long_waits(group: dist.ProcessGroup | None, timeout: dt.timedelta) -> None:
@@ -142,6 +160,20 @@ def count_neighbours(places: Sequence[Place], rank: int) -> Neighbours:
     """Count the processes that share the machine, and those that share the cores, of process `rank`."""
     own = places[rank]
     return Neighbours(sum(place.host == own.host for place in places), sum(place[:2] == own[:2] for place in places))
+
+
+def divide_cores(processes: int) -> list[Decision]:
+    """Compute with a share of the cores that so many processes run on, unless OMP_NUM_THREADS says with how many.
+
+    `torchrun` and `--devices` set that; other launchers do not, and the threads of each process would fill all cores.
+    """
+    cores = available_cores()
+    threads = max(1, cores // processes)
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= threads:
+        return []
+    torch.set_num_threads(threads)
+    reason = f"{processes} processes run on the same {cores} cores, and OMP_NUM_THREADS is not set"
+    return [Decision("process.num_threads", str(threads), reason)]
 
 
 def refuse_shared_gpus(places: Sequence[Place], rank: int) -> None:

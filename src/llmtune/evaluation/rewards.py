@@ -16,7 +16,7 @@ from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.example import Row
 from llmtune.errors import ConfigError, UsageError
 from llmtune.evaluation.reward_model import open_reward_model
-from llmtune.evaluation.scores import SCORES, Score, code_of, user_function
+from llmtune.evaluation.scores import SCORES, Score, code_digest, user_function
 
 __all__ = ["REWARDS", "AnswerGroup", "Reward", "find_rewards", "rewards_digest", "total_reward"]
 
@@ -126,7 +126,7 @@ def _own(name: str, weight: float) -> Reward:
             raise UsageError(problem, f"--reward {name}", "mend the function, then `llmtune resume`") from error
         return _checked(returned, count, group.source, f"--reward {name}")
 
-    return Reward(short_name, weight, code_of(name), judge)
+    return Reward(short_name, weight, code_digest(name), judge)
 
 
 def _checked(returned: object, count: int, source: str, where: str) -> list[float | None]:

@@ -19,7 +19,7 @@ from typing import Any, cast
 from llmtune.errors import UsageError, in_one_line
 from llmtune.evaluation.predictions import Prediction
 
-__all__ = ["SCORES", "Score", "code_of", "find_score", "mean_score", "scores_of", "user_function"]
+__all__ = ["SCORES", "Score", "code_digest", "find_score", "mean_score", "scores_of", "user_function"]
 
 Score = Callable[[str, str, str], float]
 """(prompt, reference, answer) -> a number; higher is better."""
@@ -39,7 +39,7 @@ def find_score(name: str) -> Score:
     return SCORES[name]
 
 
-def code_of(name: str) -> str:
+def code_digest(name: str) -> str:
     """Return the sha256 of the file of `FILE.py:FUNCTION`, which `find_score` or `find_rewards` has found."""
     return hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
 

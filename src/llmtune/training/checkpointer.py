@@ -79,15 +79,13 @@ def load_in_all(loaded: LoadedCheckpoint | None, devices: Devices) -> LoadedChec
     step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
     if not name:
         return None
-    found = ""
-    # Read once more by each process: the tensors would be far more to send than to read.
-    if not devices.is_main:
-        try:
-            loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
-        except LlmtuneError as error:
-            found = in_one_line(error)
-    # By the digest over all of its files: a machine may have an older copy of the same step.
-    found = loaded.manifest["manifest_sha256"] if loaded is not None else found
+    try:
+        # Read once more by each process: the tensors would be far more to send than to read.
+        loaded = loaded or checkpoints.load(CheckpointFolder(step, Path(name)))
+        # By the digest over all of its files: a machine may have an older copy of the same step.
+        found = loaded.manifest["manifest_sha256"]
+    except LlmtuneError as error:
+        found = in_one_line(error)
     devices.check_alike({printable(name): found}, fix=SHARE_FOLDER)
     return loaded
 

@@ -99,7 +99,8 @@ class Rollouts:
             if step not in self._drawn:
                 # Rounds begin where they would in a run that nobody stopped.
                 last = min(((step - 1) // every + 1) * every, plan.total_steps)
-                self._draw_round(plan, range(step, last + 1))
+                with self._devices.busy():  # one process may have more prompts than others, or a slower reward
+                    self._draw_round(plan, range(step, last + 1))
             self._current = self._drawn.pop(step)
             yield self._window(plan, step)
 
@@ -142,12 +143,11 @@ class Rollouts:
         Raises UsageError, in all processes, for a reward that fails in one of them.
         """
         judged, error = [], None
-        with self._devices.busy():  # one process may have more to draw, or a slower reward
-            drawn = self._draw(prompts, seeds, temperature)
-            try:
-                judged = [self._judge(prompt, ids) for prompt, ids in zip(prompts, drawn, strict=True)]
-            except UsageError as caught:
-                error = caught
+        drawn = self._draw(prompts, seeds, temperature)
+        try:
+            judged = [self._judge(prompt, ids) for prompt, ids in zip(prompts, drawn, strict=True)]
+        except UsageError as caught:
+            error = caught
         self._devices.agree_on_error(error)
         return judged
 

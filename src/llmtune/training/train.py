@@ -27,7 +27,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.own_loss import digest_of_code
 from llmtune.errors import ConfigError, Problem, UsageError
 from llmtune.evaluation.rewards import Reward, find_rewards, rewards_digest
-from llmtune.evaluation.scores import Score, code_of, find_score
+from llmtune.evaluation.scores import Score, code_digest, find_score
 from llmtune.models import save
 from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer_folder
 from llmtune.plan.forecast import Forecaster
@@ -261,7 +261,7 @@ def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judg
     score = find_score(name) if name is not None else None
     code = {"loss function": None if options.loss is None else digest_of_code(options.loss)}
     if options.score is not None and ":" in options.score:
-        code["score function"] = f"{options.score.rpartition(':')[2]}: {code_of(options.score)}"
+        code["score function"] = f"{options.score.rpartition(':')[2]}: {code_digest(options.score)}"
     if score is None and resolved.config.evaluation.best_by.endswith("_score"):
         raise ConfigError(
             "the best model is chosen by the score of its answers, and nothing judges them",
@@ -373,7 +373,7 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
     judges = _check(resolved, options, is_new=True)
     devices, device_decisions = run_setup.meet_processes(resolved.config, options)
     _prepare_and_plan(resolved, options, judges, devices, device_decisions, RankPrinter(devices, print_line, screen))
-    devices.close()
+    devices.close(wait_for_main=True)
     if refusal is not None:
         raise refusal
 

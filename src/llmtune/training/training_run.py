@@ -119,8 +119,8 @@ class TrainingRun:
         saved, resumable run. Raises DivergedError, StoppedBySignal (saved), MachineError, RankLostError.
         """
         setup, config = self.setup, self.config
-        alike = self.devices.errors_printed_once()
-        with self._ending_recorded(), alike, self._saved_when_left(), self._memory_errors_refused():
+        printed_once = self.devices.errors_printed_once()
+        with self._ending_recorded(), printed_once, self._saved_when_left(), self._memory_errors_refused():
             self._begin()
             self._update_check = UpdateCheck(setup.held_parts(), self.devices)
             deadline = time.monotonic() + 60 * (config.training.max_minutes or math.inf)
