@@ -167,8 +167,8 @@ class Trainer:
         """Return the metrics on held-out rows now; empty without such rows.
 
         `eval_mean_nll` (nats per trained token), `eval_perplexity`, `eval_bits_per_byte`, `eval_num_loss_tokens`.
-        Several processes share the rows, and each must call it; after the end each evaluates all rows by itself, and
-        UsageError is raised where it holds a part of the weights.
+        Several processes share the rows, and each must call it; after the end each evaluates all rows by itself. Raises
+        UsageError after the end where each holds a part of the weights or of a row.
         """
         with self._handling_signals():
             session = self.session

@@ -379,7 +379,9 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
     devices.share_rows(distributed.sequence_parallel, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
-    decisions = [decision, *divide_cores(devices.neighbours.cores), *devices.watch_decision()]
+    decisions = [decision, *devices.watch_decision()]
+    if devices.neighbours.cores > 1:
+        decisions += divide_cores(devices.neighbours.cores)
     if devices.world_size == 1 and distributed.strategy in ("fsdp", "deepspeed"):
         reason = "1 process: no launcher started more, and it holds the whole model"
         decisions.append(Decision("distributed.strategy", "one process", reason))

@@ -169,7 +169,7 @@ def divide_cores(processes: int) -> list[Decision]:
     """
     cores = available_cores()
     threads = max(1, cores // processes)
-    if processes == 1 or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= threads:
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() <= threads:
         return []
     torch.set_num_threads(threads)
     reason = f"{processes} processes run on the same {cores} cores, and OMP_NUM_THREADS is not set"
